@@ -7,19 +7,20 @@ __all__ = ['EXTENSIONS', 'SPLITS', 'MEMORY_LIMIT', 'ImageSet', 'MemorySet', 'Unr
            'list_images', 'FolderSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_folder',
            'open_data', 'label_fraction', 'epoch_order']
 
-# %% ../nbs/01_data.ipynb #2091a7f1
+# %% ../nbs/01_data.ipynb #d141f015
 import copy, hashlib, itertools, os, sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import UserError, check_choice, warn
 
-# %% ../nbs/01_data.ipynb #e0bbf4dd
+# %% ../nbs/01_data.ipynb #82413437
 class ImageSet:
     "What every set has: `_rows` names the attributes that hold one entry per image; labels are None in an unlabelled set."
-    _rows = ("labels",)
+    _rows, _sizes = ("labels",), None
 
     def subset(self,
         indices, # which images, in this order: ints, as a list, array or tensor
@@ -31,10 +32,10 @@ class ImageSet:
             if torch.is_tensor(rows): rows = rows[indices.to(rows.device)]
             elif rows is not None: rows = [rows[i] for i in indices.tolist()]
             setattr(out, name, rows)
-        out.skipped = list(self.skipped)
+        out.skipped, out._sizes = list(self.skipped), None
         return out
 
-# %% ../nbs/01_data.ipynb #53da0958
+# %% ../nbs/01_data.ipynb #8dc6b3e0
 class MemorySet(ImageSet):
     "Images of one size, as a tensor."
     _rows = ("images", "labels")
@@ -78,9 +79,17 @@ class MemorySet(ImageSet):
             if tensor is not None: digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #af39d91d
+# %% ../nbs/01_data.ipynb #155c1b05
 class UnreadableImage(Exception):
     "A file that cannot be decoded; the message is the reason."
+
+@contextmanager
+def _opened(path):
+    "Open an image for a `with` block; whatever goes wrong there is an `UnreadableImage`."
+    try:
+        with Image.open(path) as image: yield image
+    except UnidentifiedImageError: raise UnreadableImage("not an image, or not even its header is whole")
+    except Exception as e: raise UnreadableImage((str(e) or type(e).__name__).splitlines()[0]) from e
 
 def _to_rgb(image):
     if image.mode.startswith("I"):  # I;16 and its variants, or I: 16-bit gray
@@ -94,22 +103,18 @@ def decode_image(
     path, # file of any format that Pillow reads
 )->torch.Tensor: # 3 x H x W, uint8, RGB
     "Decode an image as a viewer would show it; raises `UnreadableImage`."
-    try:
-        with Image.open(path) as image: rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as e: raise UnreadableImage(str(e).splitlines()[0] if str(e) else type(e).__name__) from e
+    with _opened(path) as image: rgb = _to_rgb(ImageOps.exif_transpose(image))
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/01_data.ipynb #7b7db547
+# %% ../nbs/01_data.ipynb #907a6d84
 def image_size(
     path, # image file
 )->tuple: # (height, width) as `decode_image` would return it
     "Read an image's size from its header; raises `UnreadableImage`."
-    try:
-        with Image.open(path) as image: (width, height), turned = image.size, image.getexif().get(0x112, 1) >= 5
-    except Exception as e: raise UnreadableImage(str(e).splitlines()[0] if str(e) else type(e).__name__) from e
+    with _opened(path) as image: (width, height), turned = image.size, image.getexif().get(0x112, 1) >= 5
     return (width, height) if turned else (height, width)
 
-# %% ../nbs/01_data.ipynb #fb967159
+# %% ../nbs/01_data.ipynb #26a6c40b
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 def list_images(
@@ -123,7 +128,7 @@ def list_images(
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in EXTENSIONS]
     return sorted(found)
 
-# %% ../nbs/01_data.ipynb #f9560b0f
+# %% ../nbs/01_data.ipynb #ff956989
 class FolderSet(ImageSet):
     "Images in files, decoded when they are read. Made by `open_folder`."
     _rows = ("paths", "labels")
@@ -147,7 +152,7 @@ class FolderSet(ImageSet):
 
     def skip(self, path, reason):
         "Record an unreadable image, once: warn, or with `strict` raise `UserError`."
-        reason = f"{self.root/path} cannot be read ({str(reason).replace(str(self.root/path), 'file')})"
+        reason = f"{self.root/path} cannot be read ({reason})"
         if self.strict: raise UserError(f"{reason}: repair or remove it, or leave out strict to skip such images")
         if path not in self.skipped:
             self.skipped.append(path)
@@ -164,11 +169,11 @@ class FolderSet(ImageSet):
             except UnreadableImage as e: self.skip(path, e)
         raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
 
-# %% ../nbs/01_data.ipynb #2c6abc73
+# %% ../nbs/01_data.ipynb #6c404576
 @patch(as_prop=True)
 def sizes(self:FolderSet):
     "Heights and widths of the images, from the files' headers: two int64 arrays of length N; read once."
-    if getattr(self, "_sizes", None) is None or len(self._sizes) != len(self):
+    if self._sizes is None:
         self._sizes = np.array([self.read(i, image_size)[0] for i in range(len(self))], dtype=np.int64)
     return tuple(self._sizes.T)
 
@@ -188,7 +193,7 @@ def fingerprint(
     lines = [f"{path}\t{(self.root/path).stat().st_size}\n" for path in self.paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #4048d8ae
+# %% ../nbs/01_data.ipynb #ace98e52
 def _counted(iterable, total, what):
     "Iterate, and on a terminal show how far it is."
     for i, item in enumerate(iterable, 1):
@@ -217,7 +222,7 @@ def to_memory(
     warn(f"{len(self) - len(kept)} of {len(self)} images in {self.root} skipped: {', '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}")
     return out.subset(kept)
 
-# %% ../nbs/01_data.ipynb #48ff0b2c
+# %% ../nbs/01_data.ipynb #570c9514
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 
 def split_folder(
@@ -238,7 +243,7 @@ def class_names(
     "The classes of a list of images: the first folder of each path."
     return sorted({p.split("/")[0] for p in paths}) if all("/" in p for p in paths) else None
 
-# %% ../nbs/01_data.ipynb #b4e06f15
+# %% ../nbs/01_data.ipynb #39cc318d
 def _check_folder(root):
     root = Path(root).expanduser()
     if not root.exists(): raise UserError(f"{root} does not exist: check the path to the images")
@@ -256,6 +261,7 @@ def _images_in(root, split):
     if len(paths) == 1: raise UserError(f"{folder} holds a single image ({paths[0]}): at least two are needed")
     return folder, paths
 
+# %% ../nbs/01_data.ipynb #c92a6720
 def open_folder(
     root, # folder, in one of the three layouts
     split:str="train", # "train" or "val"
@@ -267,7 +273,7 @@ def open_folder(
     classes = class_names(paths)
     if classes is None:
         if any("/" in p for p in paths): warn(f"images in {folder} lie both inside and outside of folders: taken as unlabelled")
-        return FolderSet(folder, paths, name=root.name, strict=strict)
+        return FolderSet(folder, paths, name=root.resolve().name, strict=strict)
     if len(classes) == 1: raise UserError(f"{folder} has the one class folder {classes[0]!r}, and class folders need at least two: "
                                           f"to pretrain without labels, give the folder that holds the images, {folder/classes[0]}")
     if split == "val" and has_split(root, "train"):
@@ -275,9 +281,9 @@ def open_folder(
         if extra := sorted(set(extra) - set(classes)): raise UserError(f"class {extra[0]!r} of {folder} is not among the {len(classes)} classes of the train split: rename or remove it")
     index = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([index[p.split("/")[0]] for p in paths])
-    return FolderSet(folder, paths, labels, classes, name=root.name, strict=strict)
+    return FolderSet(folder, paths, labels, classes, name=root.resolve().name, strict=strict)
 
-# %% ../nbs/01_data.ipynb #673c78e6
+# %% ../nbs/01_data.ipynb #93ae865c
 MEMORY_LIMIT = 2 << 30 # bytes; larger folders are streamed
 
 def imagenette_folder()->Path:
@@ -301,7 +307,7 @@ def open_data(
     shared = folder.shared_size()
     return folder.to_memory() if shared and len(folder)*3*shared[0]*shared[1] <= MEMORY_LIMIT else folder
 
-# %% ../nbs/01_data.ipynb #79014629
+# %% ../nbs/01_data.ipynb #31287f07
 def label_fraction(
     labels, # N class indices
     fraction:float, # share of the labels to keep, in (0, 1]
@@ -316,7 +322,7 @@ def label_fraction(
         kept.append(members[:max(1, int(fraction*len(members) + 0.5))])
     return torch.from_numpy(np.sort(np.concatenate(kept)))
 
-# %% ../nbs/01_data.ipynb #068460ae
+# %% ../nbs/01_data.ipynb #00ca5644
 def epoch_order(
     n:int, # number of images
     seed:int, # the run's seed
