@@ -6,20 +6,20 @@
 __all__ = ['MIN_STD', 'MAX_COSINE', 'MIN_RANK', 'UNIFORM_ENTROPY', 'PIXEL_ENTROPY', 'feature_std', 'mean_cosine',
            'effective_rank', 'map_entropy', 'measure', 'diagnose']
 
-# %% ../nbs/11_diagnostics.ipynb #a9ac6997
+# %% ../nbs/11_diagnostics.ipynb #fc7fdb76
 import math
 import torch
 import torch.nn.functional as F
 from .core import UserError
 
-# %% ../nbs/11_diagnostics.ipynb #f0e81c15
+# %% ../nbs/11_diagnostics.ipynb #c6bfccc7
 def feature_std(
     z:torch.Tensor, # N x d embeddings, any scale
 )->torch.Tensor: # scalar in [0, 1]
     "Standard deviation over the batch of l2-normalized embeddings, averaged over dimensions, times sqrt(d): 1 if isotropic, 0 if collapsed. No device sync."
     return F.normalize(z.float(), dim=1).std(0, correction=0).mean()*z.shape[1]**0.5
 
-# %% ../nbs/11_diagnostics.ipynb #4107e183
+# %% ../nbs/11_diagnostics.ipynb #c817a250
 def mean_cosine(
     z:torch.Tensor, # N x d embeddings, N > 1
 )->torch.Tensor: # scalar in [-1/(N-1), 1]
@@ -27,7 +27,7 @@ def mean_cosine(
     n = len(z)
     return (F.normalize(z.float(), dim=1).sum(0).square().sum() - n)/(n*(n - 1))
 
-# %% ../nbs/11_diagnostics.ipynb #1b950d3a
+# %% ../nbs/11_diagnostics.ipynb #3323d6f5
 def effective_rank(
     z:torch.Tensor, # N x d embeddings
 )->torch.Tensor: # scalar from 1 to min(N - 1, d)
@@ -37,7 +37,7 @@ def effective_rank(
     s = s*(s > 10*torch.finfo(z.dtype).eps*z.norm())
     return torch.special.entr(s/s.sum().clamp_min(torch.finfo(z.dtype).tiny)).sum().exp()
 
-# %% ../nbs/11_diagnostics.ipynb #4d730da1
+# %% ../nbs/11_diagnostics.ipynb #e8d962fb
 def map_entropy(
     maps:torch.Tensor, # B x d x h x w, each map sums to 1 over its h*w > 1 positions
 )->torch.Tensor: # scalar in [0, 1]
@@ -46,7 +46,7 @@ def map_entropy(
     if h*w == 1: raise UserError("alignment maps have a single position, so there is nothing to choose between: use larger images or a backbone with a smaller stride")
     return torch.special.entr(maps.float()).sum((-2, -1)).mean()/math.log(h*w)
 
-# %% ../nbs/11_diagnostics.ipynb #93c79439
+# %% ../nbs/11_diagnostics.ipynb #ae903205
 @torch.no_grad()
 def measure(
     z:torch.Tensor, # N x d embeddings of a batch
@@ -56,7 +56,7 @@ def measure(
     stats = dict(feature_std=feature_std(z), mean_cosine=mean_cosine(z), effective_rank=effective_rank(z))
     return stats if maps is None else stats | dict(map_entropy=map_entropy(maps))
 
-# %% ../nbs/11_diagnostics.ipynb #51bec062
+# %% ../nbs/11_diagnostics.ipynb #ac91fa99
 MIN_STD = 0.1 # complete collapse below
 MAX_COSINE = 0.99 # complete collapse above
 MIN_RANK = 3. # dimensional collapse below

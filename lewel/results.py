@@ -7,7 +7,7 @@ __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'SCALES', 'METH
            'run_id', 'check_keys', 'plain', 'write_record', 'read_record', 'read_records', 'write_curve', 'read_curve',
            'summarize', 'linear_table', 'write_table']
 
-# %% ../nbs/13_results.ipynb #c0a0c350
+# %% ../nbs/13_results.ipynb #f205bb86
 import hashlib, json, math, os, platform, subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,7 +18,7 @@ import torch
 import lewel
 from .core import UserError, atomic_write, warn
 
-# %% ../nbs/13_results.ipynb #101f1d0b
+# %% ../nbs/13_results.ipynb #ccf63698
 def git_state(
     folder=Path(lewel.__file__).parent, # folder of source files
 )->dict|None: # commit and dirty flag; None if git does not track the folder's files
@@ -27,7 +27,7 @@ def git_state(
     try: return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py"))) if git("ls-files", "--", "*.py") else None
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/13_results.ipynb #3d510b24
+# %% ../nbs/13_results.ipynb #0eb400d0
 def cpu_model()->str: # such as "Intel(R) Xeon(R) CPU @ 2.20GHz"
     "Name of the processor, as far as the system tells."
     info = Path("/proc/cpuinfo")
@@ -46,7 +46,7 @@ def environment(
                 hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-# %% ../nbs/13_results.ipynb #e6d6df36
+# %% ../nbs/13_results.ipynb #9ed007b8
 IDENTITY = "kind", "scale", "method", "recipe", "seed", "builds_on"
 
 def run_id(
@@ -66,7 +66,7 @@ def check_keys(
     for k in keys:
         if k not in record: raise UserError(f"record of {record.get('method', 'a run')!r} has no {k!r}: add it before writing")
 
-# %% ../nbs/13_results.ipynb #4f86cb6c
+# %% ../nbs/13_results.ipynb #0aef34a8
 def plain(
     value, # nested dicts and sequences of numbers, strings and scalars of numpy or torch
     key:str="record", # where it stands, for the message
@@ -79,7 +79,7 @@ def plain(
     if value is None or isinstance(value, (str, bool, int)): return value
     raise UserError(f"{key} is a {type(value).__name__}, which a record cannot hold: use numbers, strings, lists and dicts")
 
-# %% ../nbs/13_results.ipynb #816054f1
+# %% ../nbs/13_results.ipynb #9d422228
 REQUIRED = "kind", "id", "scale", "method", "seed", "recipe", "metrics", "git", "versions", "hardware", "data", "seconds", "builds_on", "created"
 REQUIRED_PRETRAIN = "images_per_second", "peak_memory_mb"
 
@@ -104,7 +104,7 @@ def read_record(
     if not isinstance(record, dict) or "id" not in record: raise UserError(f"{path} is not a record of a run: repeat the run")
     return record
 
-# %% ../nbs/13_results.ipynb #8cd84236
+# %% ../nbs/13_results.ipynb #e313707a
 def read_records(
     root, # folder, searched with everything below it
 )->list: # records, sorted by id
@@ -115,7 +115,7 @@ def read_records(
         except UserError as e: warn(f"left out: {e}")
     return sorted(records, key=lambda r: r["id"])
 
-# %% ../nbs/13_results.ipynb #72798491
+# %% ../nbs/13_results.ipynb #24c507c7
 CURVE = "step", "epoch", "loss", "global_loss", "aligned_loss", "lr", "momentum", "feature_std", "effective_rank", "mean_cosine", "map_entropy"
 
 def write_curve(
@@ -135,7 +135,7 @@ def read_curve(
     if not path.exists(): raise UserError(f"{path} does not exist: has the run started?")
     return pd.read_csv(path, float_precision="round_trip")
 
-# %% ../nbs/13_results.ipynb #472178b3
+# %% ../nbs/13_results.ipynb #97559e1a
 SCALES = "smoke", "demo", "imagenette", "paper"
 METHODS = "random", "mocov2", "lewel_m", "byol", "lewel_b"
 
@@ -165,14 +165,14 @@ def summarize(
     columns = ["method", "scale", "seeds", "n", *(f"{label} {what}" for label in metrics.values() for what in ("mean", "std")), "runs"]
     return pd.DataFrame([_row(*g, groups[g], metrics) for g in order], columns=columns)
 
-# %% ../nbs/13_results.ipynb #564b1b67
+# %% ../nbs/13_results.ipynb #17a707e4
 def linear_table(
     records:list, # of any kind; evaluations are picked
 )->pd.DataFrame: # a row per scale and method, percent
     "kNN and linear classification of frozen backbones."
     return summarize(records, dict(knn_top1="kNN top-1", linear_top1="linear top-1", linear_top5="linear top-5"))
 
-# %% ../nbs/13_results.ipynb #add0915d
+# %% ../nbs/13_results.ipynb #75c8b6b3
 def _cell(value):
     "A cell of a Markdown table: two decimals, nothing for NaN."
     if isinstance(value, float): return "" if math.isnan(value) else f"{value:.2f}"

@@ -6,7 +6,7 @@
 __all__ = ['frozen', 'center_view', 'center_batches', 'extract_features', 'knn_votes', 'knn_predict', 'topk_accuracy',
            'knn_accuracy', 'KNN', 'check_labels', 'evaluate_knn', 'monitor']
 
-# %% ../../nbs/15_evaluate_knn.ipynb #a987e4c4
+# %% ../../nbs/15_evaluate_knn.ipynb #84461265
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..core import UserError
 from ..data import ImageSet, MemorySet
 from ..views import normalize
 
-# %% ../../nbs/15_evaluate_knn.ipynb #a2b4a310
+# %% ../../nbs/15_evaluate_knn.ipynb #3eb5ad4d
 @contextmanager
 def frozen(
     module:nn.Module, # put into evaluation mode
@@ -30,7 +30,7 @@ def frozen(
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../../nbs/15_evaluate_knn.ipynb #0ac1d20f
+# %% ../../nbs/15_evaluate_knn.ipynb #723dc168
 def center_view(
     images:torch.Tensor, # ... x 3 x H x W, uint8
     size:int, # side of the view, pixels
@@ -39,7 +39,7 @@ def center_view(
     if tuple(images.shape[-2:]) == (size, size): return images
     return TF.center_crop(TF.resize(images, [round(size*256/224)], antialias=True), [size, size])
 
-# %% ../../nbs/15_evaluate_knn.ipynb #d8612c21
+# %% ../../nbs/15_evaluate_knn.ipynb #28076769
 def center_batches(
     images:ImageSet, # in memory or in files
     size:int, # side of the views, pixels
@@ -76,7 +76,7 @@ def extract_features(
             features.append(backbone(x).mean((2, 3)).float().cpu()); indices.append(part)
     return torch.cat(features), None if images.labels is None else images.labels.cpu()[torch.cat(indices)]
 
-# %% ../../nbs/15_evaluate_knn.ipynb #eafa0e13
+# %% ../../nbs/15_evaluate_knn.ipynb #150f5c98
 def knn_votes(
     train_features:torch.Tensor, # M x C, the memory
     train_labels:torch.Tensor, # M
@@ -96,7 +96,7 @@ def knn_votes(
         votes.append((weights[:, None]@members[near]).squeeze(1))
     return torch.cat(votes)
 
-# %% ../../nbs/15_evaluate_knn.ipynb #fef43bea
+# %% ../../nbs/15_evaluate_knn.ipynb #d306a354
 def knn_predict(
     train_features:torch.Tensor, # M x C, the memory
     train_labels:torch.Tensor, # M
@@ -129,7 +129,7 @@ def knn_accuracy(
     classes = int(max(train_labels.max(), labels.max())) + 1
     return topk_accuracy(knn_votes(train_features, train_labels, features, k, temperature, classes), labels) | dict(k=min(k, len(train_features)))
 
-# %% ../../nbs/15_evaluate_knn.ipynb #473eee38
+# %% ../../nbs/15_evaluate_knn.ipynb #1f86f09a
 @dataclass(frozen=True)
 class KNN:
     "The kNN protocol; the default is the reported one (method.md section 7)."
@@ -159,7 +159,7 @@ def evaluate_knn(
     main, few = knn_accuracy(*sets, protocol.k, protocol.temperature), knn_accuracy(*sets, 20, protocol.temperature)
     return dict(knn_top1=main["top1"], knn_top5=main["top5"], knn20_top1=few["top1"], knn_k=main["k"])
 
-# %% ../../nbs/15_evaluate_knn.ipynb #41f6b5dd
+# %% ../../nbs/15_evaluate_knn.ipynb #fe24a217
 def monitor(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
     val:ImageSet, # validation images, labelled

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINEAR', 'LinearProtocol', 'fit_linear', 'streamed', 'cached', 'evaluate_linear']
 
-# %% ../../nbs/17_evaluate_linear.ipynb #0f2394c6
+# %% ../../nbs/17_evaluate_linear.ipynb #a1ed9828
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..data import ImageSet, epoch_order
 from .knn import check_labels, extract_features, frozen, topk_accuracy
 from ..views import ViewLoader, ViewRecipe
 
-# %% ../../nbs/17_evaluate_linear.ipynb #b83020db
+# %% ../../nbs/17_evaluate_linear.ipynb #ba3b242a
 @dataclass(frozen=True)
 class LinearProtocol:
     "How a linear classifier is trained; the default is the authors' (method.md section 7)."
@@ -41,7 +41,7 @@ LINEAR = dict(
     demo=LinearProtocol(cached_passes=4),
     smoke=LinearProtocol(epochs=5, milestones=(3, 4), batch_size=16, cached_passes=1))
 
-# %% ../../nbs/17_evaluate_linear.ipynb #26e0560f
+# %% ../../nbs/17_evaluate_linear.ipynb #eac58605
 def fit_linear(
     batches, # called with an epoch from 0: yields (features B x C, labels B) on one device
     features:int, # C
@@ -64,7 +64,7 @@ def fit_linear(
             optimizer.step()
     return classifier
 
-# %% ../../nbs/17_evaluate_linear.ipynb #e69ae257
+# %% ../../nbs/17_evaluate_linear.ipynb #5a813e1d
 def streamed(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
     images:ImageSet, # labelled
@@ -85,7 +85,7 @@ def streamed(
             yield x, labels[indices].to(device)
     return batches
 
-# %% ../../nbs/17_evaluate_linear.ipynb #a159b3c8
+# %% ../../nbs/17_evaluate_linear.ipynb #007cb92d
 def cached(
     batches, # from `streamed`
     protocol:LinearProtocol, # how many passes to keep, batch size
@@ -98,7 +98,7 @@ def cached(
         for part in torch.from_numpy(epoch_order(len(x), seed, epoch)).to(x.device).split(protocol.batch_size): yield x[part], y[part]
     return again
 
-# %% ../../nbs/17_evaluate_linear.ipynb #bc83be78
+# %% ../../nbs/17_evaluate_linear.ipynb #64487493
 def evaluate_linear(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
     train:ImageSet, # to train the classifier on, labelled
