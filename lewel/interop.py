@@ -6,7 +6,7 @@
 __all__ = ['head_parts', 'official_parts', 'export_formats', 'official_names', 'read_weights', 'load_official', 'export_backbone',
            'fits_torchvision']
 
-# %% ../nbs/10_interop.ipynb #265d123d
+# %% ../nbs/10_interop.ipynb #3dd962c2
 from pathlib import Path
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torchvision import models
 from .core import UserError, atomic_write, check_choice
 from .backbones import resnets
 
-# %% ../nbs/10_interop.ipynb #fd32038c
+# %% ../nbs/10_interop.ipynb #edc8b310
 head_parts = {"hidden.": "mlp.0.", "norm.": "mlp.1.", "out.": "mlp.3."}
 official_parts = {"online.": "online_net.", "target.": "target_net.", "head.g.": "neck.proj.", "head.p.": "neck.proj_obj.",
                   "global_criterion.predictor.": "predictor.", "aligned_criterion.predictor.": "predictor_obj."}
@@ -30,7 +30,7 @@ def official_names(
         if ours != "updates": names[theirs] = ours
     return names
 
-# %% ../nbs/10_interop.ipynb #5c239509
+# %% ../nbs/10_interop.ipynb #77de5b35
 def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
@@ -53,16 +53,19 @@ def load_official(
     method.load_state_dict({n: state[k].reshape(own[n].shape) for k, n in names.items()} | {"updates": own["updates"]})
     return method
 
-# %% ../nbs/10_interop.ipynb #5df21c6c
+# %% ../nbs/10_interop.ipynb #558834fc
 export_formats = "torchvision",
 
 def export_backbone(
-    method, # a method (see `lewel.methods`), or its backbone, of one of torchvision's ResNets
+    method, # folder of a finished run, a method (see `lewel.methods`), or its backbone, of one of torchvision's ResNets
     path, # the file to write
     format:str="torchvision", # the library it is for
 )->Path: # `path`
     "Write the online backbone's weights for another library. Raises `UserError` for a backbone that this library does not have."
     check_choice("format", format, export_formats)
+    if isinstance(method, (str, Path)):
+        from lewel.checkpoint import load_run       # which needs this module
+        method, *_ = load_run(method)
     state = {k: v.detach().cpu().contiguous() for k, v in getattr(method, "backbone", method).state_dict().items()}
     if not any(fits_torchvision(name, state) for name in resnets):
         raise UserError(f"this backbone is none of torchvision's ({', '.join(resnets)}), so it cannot be exported as {format}")
