@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resnets', 'init_weights', 'resnet_features', 'basic_block', 'small_resnet', 'num_features', 'create_backbone']
 
-# %% ../nbs/04_backbones.ipynb #b4ab8868
+# %% ../nbs/04_backbones.ipynb #22e49dbf
 from collections import OrderedDict
 from importlib.util import find_spec
 import torch
@@ -14,7 +14,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from .core import UserError, check_choice
 
-# %% ../nbs/04_backbones.ipynb #214e1bb8
+# %% ../nbs/04_backbones.ipynb #77f0b217
 def init_weights(
     module:nn.Module, # initialized in place, with everything in it
 )->nn.Module: # `module`
@@ -25,7 +25,7 @@ def init_weights(
         if getattr(m, "bias", None) is not None: nn.init.zeros_(m.bias)
     return module
 
-# %% ../nbs/04_backbones.ipynb #bfba3a55
+# %% ../nbs/04_backbones.ipynb #f49c659c
 resnets = "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"
 
 def resnet_features(
@@ -35,7 +35,7 @@ def resnet_features(
     layers = getattr(models, check_choice("backbone", name, resnets))(weights=None).named_children()
     return init_weights(nn.Sequential(OrderedDict((n, m) for n, m in layers if n not in ("avgpool", "fc"))))
 
-# %% ../nbs/04_backbones.ipynb #36058243
+# %% ../nbs/04_backbones.ipynb #aae2482c
 def basic_block(
     cin:int, # input channels
     cout:int, # output channels
@@ -47,7 +47,7 @@ def basic_block(
     return BasicBlock(cin, cout, stride, shortcut)
 
 def small_resnet(
-    widths:tuple=(32, 64, 128, 128), # channels of the four blocks
+    widths:tuple=(16, 32, 64, 128), # channels of the four blocks
 )->nn.Sequential: # B x 3 x H x W -> B x 128 x H/16 x W/16
     "The demo's backbone: a ResNet of four basic blocks for small images."
     w1, w2, w3, w4 = widths
@@ -55,7 +55,7 @@ def small_resnet(
         conv1=nn.Conv2d(3, w1, 5, stride=2, padding=2, bias=False), bn1=nn.BatchNorm2d(w1), relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, 2, 1),
         layer1=basic_block(w1, w1), layer2=basic_block(w1, w2, 2), layer3=basic_block(w2, w3, 2), layer4=basic_block(w3, w4))))
 
-# %% ../nbs/04_backbones.ipynb #c4dd046c
+# %% ../nbs/04_backbones.ipynb #24422e97
 @torch.no_grad()
 def num_features(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
@@ -72,7 +72,7 @@ def num_features(
                         "Leave off its pooling and classifier.")
     return shape[1]
 
-# %% ../nbs/04_backbones.ipynb #297ab717
+# %% ../nbs/04_backbones.ipynb #35c9f58d
 def create_backbone(
     backbone="resnet50", # "small", a name of `resnets`, a timm model's name where timm is installed, or any module that gives a feature map
 )->nn.Module: # B x 3 x H x W -> B x C x h x w

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Settings', 'read_settings', 'check_parameters', 'run_notebook']
 
-# %% ../nbs/22_experiments.ipynb #1d8b13a9
-import configparser, os
+# %% ../nbs/22_experiments.ipynb #943c5576
+import configparser, os, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import UserError, check_choice
 from .paper import recipes
 
-# %% ../nbs/22_experiments.ipynb #9f5c32b5
+# %% ../nbs/22_experiments.ipynb #c6aa8473
 @dataclass
 class Settings:
     "How the experiments run."
@@ -49,7 +49,7 @@ def read_settings(
     check_choice("scale", settings.scale, recipes)
     return settings
 
-# %% ../nbs/22_experiments.ipynb #4f1c60fe
+# %% ../nbs/22_experiments.ipynb #40564b6d
 def check_parameters(
     notebook, # path of a notebook with a cell tagged "parameters"
     parameters:dict, # name -> value
@@ -65,11 +65,12 @@ def check_parameters(
 def run_notebook(
     notebook, # path
     out, # path of the executed copy
+    /,
     **parameters, # see the notebook's cell tagged "parameters"
 ):
-    "Check the parameters, then execute the notebook in its own kernel, its prints shown as they come. Raises `UserError` before a kernel is started."
+    "Check the parameters, then execute the notebook in its own kernel and the present folder, its prints shown as they come. Raises `UserError` before a kernel is started."
     import papermill
     if not Path(notebook).is_file(): raise UserError(f"no notebook at {notebook}")
     check_parameters(notebook, parameters)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, log_output=True, kernel_name="python3", cwd=str(Path(notebook).resolve().parent))
+    papermill.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd())

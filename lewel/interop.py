@@ -6,7 +6,7 @@
 __all__ = ['head_parts', 'official_parts', 'export_formats', 'official_names', 'read_weights', 'load_official', 'export_backbone',
            'fits_torchvision']
 
-# %% ../nbs/10_interop.ipynb #3dd962c2
+# %% ../nbs/10_interop.ipynb #1672dee8
 from pathlib import Path
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torchvision import models
 from .core import UserError, atomic_write, check_choice
 from .backbones import resnets
 
-# %% ../nbs/10_interop.ipynb #edc8b310
+# %% ../nbs/10_interop.ipynb #843443fe
 head_parts = {"hidden.": "mlp.0.", "norm.": "mlp.1.", "out.": "mlp.3."}
 official_parts = {"online.": "online_net.", "target.": "target_net.", "head.g.": "neck.proj.", "head.p.": "neck.proj_obj.",
                   "global_criterion.predictor.": "predictor.", "aligned_criterion.predictor.": "predictor_obj."}
@@ -30,7 +30,7 @@ def official_names(
         if ours != "updates": names[theirs] = ours
     return names
 
-# %% ../nbs/10_interop.ipynb #77de5b35
+# %% ../nbs/10_interop.ipynb #816d67c4
 def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
@@ -53,7 +53,7 @@ def load_official(
     method.load_state_dict({n: state[k].reshape(own[n].shape) for k, n in names.items()} | {"updates": own["updates"]})
     return method
 
-# %% ../nbs/10_interop.ipynb #558834fc
+# %% ../nbs/10_interop.ipynb #dd3fb2dd
 export_formats = "torchvision",
 
 def export_backbone(

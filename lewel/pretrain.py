@@ -7,7 +7,7 @@ __all__ = ['create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Prec
            'Monitor', 'Stopped', 'noting_signals', 'Checkpoints', 'Bars', 'pick_device', 'peak_memory_mb',
            'keep_freed_memory', 'pretrain', 'check_positions', 'open_pair', 'finished', 'pretrain_record', 'StopAt']
 
-# %% ../nbs/16_pretrain.ipynb #5d42a5c3
+# %% ../nbs/16_pretrain.ipynb #44e225c7
 import ctypes, math, os, resource, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,22 +27,23 @@ from .diagnostics import diagnose, measure
 from .evaluate.knn import extract_features, frozen, knn_accuracy
 from .methods import Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
-from .paper import Recipe, get_recipe
+from .paper import Recipe, get_recipe, views_of
 from .results import environment, read_record, run_id, write_curve, write_record
-from .views import ViewLoader, byol_views, mocov2_views
+from .views import ViewLoader
 
-# %% ../nbs/16_pretrain.ipynb #39fcaaca
+# %% ../nbs/16_pretrain.ipynb #ae6b85ee
 def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
 )->torch.optim.Optimizer: # over the method's trainable parameters
-    "LARS with its exclusions, or plain SGD with weight decay on everything, as MoCo's authors have it."
+    "LARS with its exclusions; plain SGD with weight decay on everything, as MoCo's authors have it; or AdamW, for small sets and few steps."
     if recipe.optimizer == "lars":
         return LARS(lars_parameters(method, recipe.weight_decay, recipe.adapt_head_norms), recipe.lr, recipe.momentum)
     params = [p for p in method.parameters() if p.requires_grad]
+    if recipe.optimizer == "adamw": return torch.optim.AdamW(params, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/16_pretrain.ipynb #14e2798a
+# %% ../nbs/16_pretrain.ipynb #7b48897c
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step."
     def __init__(self, loader, method, optimizer, recipe, device, cbs):
@@ -65,7 +66,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().float()
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/16_pretrain.ipynb #5bec664c
+# %% ../nbs/16_pretrain.ipynb #8cc4f2c2
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
     def before_epoch(self):
@@ -84,7 +85,7 @@ class Steps(Callback):
 
     def after_batch(self): self.learn.step += 1
 
-# %% ../nbs/16_pretrain.ipynb #5ed8e5c1
+# %% ../nbs/16_pretrain.ipynb #4e98769c
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
     def __init__(self, precision, device):
@@ -106,7 +107,7 @@ class Precision(Callback):
         self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
-# %% ../nbs/16_pretrain.ipynb #eba18252
+# %% ../nbs/16_pretrain.ipynb #29a7d398
 class NonFiniteLoss(RuntimeError):
     "The loss became infinite or not a number."
 
@@ -158,7 +159,7 @@ class Curve(Callback):
         print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
               f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #1f726e3d
+# %% ../nbs/16_pretrain.ipynb #bda756a8
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
@@ -189,7 +190,7 @@ class Monitor(Callback):
         self.best = max(self.best, top1)
         if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #7ce6da86
+# %% ../nbs/16_pretrain.ipynb #f875cb9a
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
     def __init__(self, signum, path):
@@ -206,7 +207,7 @@ def noting_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_pretrain.ipynb #bf7e5640
+# %% ../nbs/16_pretrain.ipynb #be99cb52
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -248,7 +249,7 @@ class Checkpoints(Callback):
 
     def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []))
 
-# %% ../nbs/16_pretrain.ipynb #6759cb70
+# %% ../nbs/16_pretrain.ipynb #35ce5c92
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
     def after_batch(self):
@@ -271,7 +272,7 @@ def peak_memory_mb(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/16_pretrain.ipynb #69ddc61d
+# %% ../nbs/16_pretrain.ipynb #adccac33
 def keep_freed_memory():
     "Ask glibc's malloc to keep freed memory for the next step rather than return it; elsewhere nothing happens."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -280,7 +281,7 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-# %% ../nbs/16_pretrain.ipynb #73586ff3
+# %% ../nbs/16_pretrain.ipynb #cac27ea3
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
@@ -309,9 +310,8 @@ def pretrain(
     if (record := finished(out, recipe, fingerprint)) is not None: return record
 
     method = method.to(device, memory_format=torch.channels_last)
-    two_views = (byol_views if recipe.views == "byol" else mocov2_views)(recipe.size)
     on_device = images.to(device) if hasattr(images, "to") else images
-    loader = ViewLoader(on_device, two_views, recipe.batch_size, recipe.seed, device, workers)
+    loader = ViewLoader(on_device, views_of(recipe), recipe.batch_size, recipe.seed, device, workers)
     sets = monitor_sets(images, val) if monitor_every else None
     monitor = Monitor(sets, monitor_every) if sets else None
     precision, curve = Precision(recipe.precision, device), Curve(log_every, progress == "lines")
@@ -376,7 +376,7 @@ def pretrain_record(
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), builds_on=[], warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
-# %% ../nbs/16_pretrain.ipynb #d8fed2d9
+# %% ../nbs/16_pretrain.ipynb #f2c56b92
 class StopAt(Callback):
     "Ask training to stop after a step, as a signal would: for tests and time budgets."
     order = 59

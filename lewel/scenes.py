@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SIZES', 'SceneRecipe', 'digit_scans', 'photographs', 'draw_digits', 'draw_background', 'draw_strokes',
-           'overlap', 'place_digits', 'contrasting_color', 'tight_boxes', 'compose', 'Scenes', 'scenes']
+           'overlap', 'place_digits', 'tight_boxes', 'compose', 'Scenes', 'scenes']
 
-# %% ../nbs/02_scenes.ipynb #7d8c53f2
+# %% ../nbs/02_scenes.ipynb #8a52c2b7
 from dataclasses import dataclass
 from functools import cache
 import numpy as np, torch
@@ -14,23 +14,26 @@ import torch.nn.functional as F
 from .core import UserError, check_choice
 from .data import MemorySet
 
-# %% ../nbs/02_scenes.ipynb #fa254459
+# %% ../nbs/02_scenes.ipynb #3786dcc7
 @dataclass(frozen=True)
 class SceneRecipe:
     "How scenes are composed; lengths are fractions of the image's side unless stated otherwise."
-    main:tuple = (0.45, 0.60) # side of the main digit
-    small:tuple = (0.20, 0.28) # side of the other digits
+    main:tuple = (0.65, 0.80) # side of the main digit
+    small:tuple = (0.15, 0.21) # side of the other digits
     max_small:int = 2 # there are 0 to this many of them, all equally likely
     rotation:float = 15. # digits are turned by up to this many degrees, either way
     shear:float = 0.15 # and sheared by up to this
     crop:tuple = (56, 120) # side of the background crop, pixels of the photograph
-    contrast:tuple = (0.3, 0.7) # the background's contrast is multiplied by this
-    strokes:int = 4 # pieces of clutter
+    contrast:tuple = (0.1, 0.3) # the background's contrast is multiplied by this
+    saturation:float = 0.2 # and its distance from gray by this
+    brightness:float = 0.25 # its mean, from black 0 to white 1
+    ink:tuple = (0.8, 1.) # gray of a digit's ink
+    strokes:int = 2 # pieces of clutter
     stroke_length:tuple = (0.02, 0.5)
     stroke_width:tuple = (0.02, 0.08)
     stroke_opacity:tuple = (0.3, 0.7)
 
-# %% ../nbs/02_scenes.ipynb #b38b88c5
+# %% ../nbs/02_scenes.ipynb #c9f06562
 SPLITS = {"train": (0, 4/6, 0., 0.6), "val": (4/6, 5/6, 0.6, 0.8), "test": (5/6, 1, 0.8, 1.)} # part of each class's scans; part of the photographs' width
 
 @cache
@@ -55,7 +58,7 @@ def photographs(
     columns = tuple(round(f*whole.shape[3]) for f in SPLITS[check_choice("split", split, SPLITS)][2:])
     return whole[..., slice(*columns)].contiguous(), columns
 
-# %% ../nbs/02_scenes.ipynb #f9c7acbc
+# %% ../nbs/02_scenes.ipynb #62152088
 def draw_digits(
     scans:torch.Tensor, # B x 8 x 8, ink in [0, 1]
     places:np.ndarray, # B x 3: center x, center y, side; fractions of the image's side
@@ -71,15 +74,15 @@ def draw_digits(
     ink = F.grid_sample(scans[:, None], grid, mode="bicubic", align_corners=False)[:, 0]
     return ((ink - 0.4)*4).clamp(0, 1)
 
-# %% ../nbs/02_scenes.ipynb #9a806370
+# %% ../nbs/02_scenes.ipynb #a47cec80
 def draw_background(
     photos:torch.Tensor, # 2 x 3 x height x width
     n:int, # how many
-    recipe:SceneRecipe, # its crop and contrast
+    recipe:SceneRecipe, # its crop, contrast, saturation and brightness
     rng:np.random.Generator, # where chance comes from
     size:int, # side, pixels
 )->torch.Tensor: # n x 3 x size x size in [0, 1]
-    "Random square crops of the photographs, half of them mirrored, their contrast reduced."
+    "Random square crops of the photographs, half of them mirrored, toned down to an even brightness."
     extent, side = np.array(photos.shape[:1:-1]), rng.uniform(*recipe.crop, (n, 1))   # the extent is width, height
     center = side/2 + rng.uniform(0, 1, (n, 2))*(extent - side)
     mirror, which = rng.choice([-1, 1], n), torch.from_numpy(rng.integers(len(photos), size=n))
@@ -91,9 +94,10 @@ def draw_background(
     crops = photos.new_empty(n, 3, size, size)
     for k, photo in enumerate(photos):
         crops[which == k] = F.grid_sample(photo.expand((which == k).sum(), -1, -1, -1), grid[which == k], padding_mode="border", align_corners=False)
-    mean = crops.mean((2, 3), keepdim=True)
+    gray = crops.mean(1, keepdim=True)
+    crops = gray + recipe.saturation*(crops - gray)
     contrast = torch.from_numpy(rng.uniform(*recipe.contrast, (n, 1, 1, 1)))
-    return mean + contrast*(crops - mean)
+    return (recipe.brightness + contrast*(crops - crops.mean((1, 2, 3), keepdim=True))).clamp(0, 1)
 
 def draw_strokes(
     images:torch.Tensor, # B x 3 x S x S, changed in place
@@ -112,7 +116,7 @@ def draw_strokes(
     alpha = (size*(width/2 - distance) + 0.5).clamp(0, 1)*opacity
     images.lerp_(color, alpha[:, None])
 
-# %% ../nbs/02_scenes.ipynb #1f104b75
+# %% ../nbs/02_scenes.ipynb #b4596279
 def overlap(a:np.ndarray, b:np.ndarray)->np.ndarray:
     "The area that boxes (center x, center y, side) have in common; broadcasts over all but the last axis."
     reach = (a[..., 2:] + b[..., 2:])/2 - np.abs(a[..., :2] - b[..., :2])
@@ -136,19 +140,7 @@ def place_digits(
         placed = np.concatenate([placed, places[np.arange(n), taken.argmin(1)][:, None]], 1)
     return placed
 
-# %% ../nbs/02_scenes.ipynb #2f650ea8
-def contrasting_color(
-    images:torch.Tensor, # B x 3 x S x S
-    alpha:torch.Tensor, # B x S x S, opacity of the ink
-    rng:np.random.Generator, # where chance comes from
-    choices:int=8, # random colors to choose from
-)->torch.Tensor: # B x 3
-    "A random color far from the mean color under the ink."
-    behind = (images*alpha[:, None]).sum((2, 3))/alpha.sum((1, 2)).clamp(min=1e-6)[:, None]
-    colors = torch.from_numpy(rng.uniform(0, 1, (len(images), choices, 3)))
-    return colors[torch.arange(len(images)), (colors - behind[:, None]).norm(dim=2).argmax(1)]
-
-# %% ../nbs/02_scenes.ipynb #84e74f9e
+# %% ../nbs/02_scenes.ipynb #e571c8df
 def tight_boxes(
     owner:torch.Tensor, # B x S x S: which object a pixel belongs to, -1 for none
     k:int, # object
@@ -160,7 +152,7 @@ def tight_boxes(
         edges += [torch.where(line, at, size).amin(1), torch.where(line, at + 1, 0).amax(1)]
     return torch.stack([edges[i] for i in (0, 2, 1, 3)], 1).float()*mine.any((1, 2))[:, None].float()
 
-# %% ../nbs/02_scenes.ipynb #93ce32f6
+# %% ../nbs/02_scenes.ipynb #8b227e34
 def compose(
     labels:np.ndarray, # B classes of the main digits
     split:str, # whose scans and photographs
@@ -181,14 +173,15 @@ def compose(
         chosen = [rng.choice(members[c]) for c in kinds[has, k]]
         turn, shear = rng.uniform(-1, 1, (2, len(has)))*[[np.deg2rad(recipe.rotation)], [recipe.shear]]
         alpha, under = draw_digits(scans[chosen], placed[has, k], turn, shear, size), images[has]
-        images[has] = under.lerp(contrasting_color(under, alpha, rng)[..., None, None], alpha[:, None])
+        ink = torch.from_numpy(rng.uniform(*recipe.ink, (len(has), 1, 1, 1))).expand(-1, 3, 1, 1)
+        images[has] = under.lerp(ink, alpha[:, None])
         owner[has] = owner[has].where(alpha <= 0.5, k)
     kinds = torch.from_numpy(kinds)
     masks = torch.cat([torch.zeros(n, 1, dtype=torch.long), kinds + 1], 1).gather(1, owner.flatten(1) + 1).view_as(owner)
     boxes = torch.stack([tight_boxes(owner, k) for k in range(1 + recipe.max_small)], 1)
     return (images.clamp(0, 1)*255).round().byte(), masks.byte(), boxes, kinds
 
-# %% ../nbs/02_scenes.ipynb #2a99eb50
+# %% ../nbs/02_scenes.ipynb #96d32296
 class Scenes(MemorySet):
     "A `MemorySet` with `masks` (N x S x S uint8, 0 background, 1 + class), `boxes` (N tensors K x 4, the main digit's first) and `box_labels` (N tensors K)."
     _rows = ("images", "labels", "masks", "boxes", "box_labels")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'run_protocol', 'settings', 'evaluate', 'run_backbone', 'random_backbone']
 
-# %% ../../nbs/18_evaluate_run.ipynb #c042cd80
+# %% ../../nbs/18_evaluate_run.ipynb #ef8096ee
 from dataclasses import asdict
 from pathlib import Path
 import time
@@ -20,7 +20,7 @@ from ..paper import Recipe
 from ..pretrain import peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
-# %% ../../nbs/18_evaluate_run.ipynb #8e4ba18b
+# %% ../../nbs/18_evaluate_run.ipynb #55427f20
 def evaluation_sets(
     data, # "scenes", "imagenette", a folder with train/ and val/, or a pair of labelled `ImageSet`s
     size:int, # pixels, of generated images
@@ -36,7 +36,7 @@ def evaluation_sets(
         if images.labels is None: raise UserError(f"the {part} images of {data} have no labels: put them into class folders")
     return train, test
 
-# %% ../../nbs/18_evaluate_run.ipynb #913bc6a8
+# %% ../../nbs/18_evaluate_run.ipynb #eb2275ff
 protocols = "knn", "linear"
 
 def run_protocol(
@@ -57,7 +57,7 @@ def settings(name, preset):
     "A protocol's settings, for the record."
     return asdict(KNN() if name == "knn" else LINEAR[preset])
 
-# %% ../../nbs/18_evaluate_run.ipynb #521172ab
+# %% ../../nbs/18_evaluate_run.ipynb #24d44407
 def evaluate(
     run, # folder of a finished run, or "random"
     data, # see `evaluation_sets`
