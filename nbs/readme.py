@@ -1,0 +1,13 @@
+"Build README.md from index.ipynb: hidden cells and inputs left out, links made relative to the root."
+from pathlib import Path
+import nbformat
+from nbconvert import MarkdownExporter
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    nb = nbformat.read(here/"index.ipynb", 4)
+    nb.cells = [c for c in nb.cells if not c.source.startswith(("#| hide\n", "#| default_exp"))]
+    for c in nb.cells:
+        if c.source.startswith("#| hide_input"): c.cell_type, c.source, outputs = "markdown", "", c.pop("outputs"); c.source = outputs[0]["data"]["text/markdown"]
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    (here.parent/"README.md").write_text(text.replace("](../", "](").strip() + "\n")
