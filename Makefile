@@ -36,4 +36,4 @@ bench: $(VENV)/bench
 	lewel-bench
 
 readme: $(VENV)/installed
-	jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	python nbs/readme.py

@@ -6,7 +6,7 @@
 __all__ = ['format_version', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'restore', 'check_same_recipe',
            'load_run']
 
-# %% ../nbs/14_checkpoint.ipynb #1011ecfe
+# %% ../nbs/14_checkpoint.ipynb #3b4a71c5
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from .interop import read_weights
 from .methods import Method, create_method
 from .paper import Recipe
 
-# %% ../nbs/14_checkpoint.ipynb #763d472e
+# %% ../nbs/14_checkpoint.ipynb #0db6f702
 def rng_state(
 )->dict: # tensors, numbers and tuples only, so that it can be loaded with `weights_only`
     "States of torch's (CPU and CUDA), numpy's and Python's random generators."
@@ -36,7 +36,7 @@ def set_rng_state(
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
 
-# %% ../nbs/14_checkpoint.ipynb #5d61491e
+# %% ../nbs/14_checkpoint.ipynb #319de090
 format_version = 1
 
 def save_checkpoint(
@@ -62,6 +62,8 @@ def load_checkpoint(
     state = read_weights(path)
     if not isinstance(state, dict) or "format" not in state: raise UserError(f"{path} is not a lewel checkpoint")
     if state["format"] > format_version: raise UserError(f"{path} was written by lewel {state['version']}; install that version or a later one to read it")
+    missing = [k for k in ("recipe", "epoch", "step", "method", "optimizer", "scaler", "rng") if k not in state]
+    if missing: raise UserError(f"{path} is not a whole lewel checkpoint: {', '.join(missing)} missing; train again in another folder")
     return state
 
 def restore(
@@ -76,7 +78,7 @@ def restore(
     if state["scaler"]: scaler.load_state_dict(state["scaler"])
     set_rng_state(state["rng"])
 
-# %% ../nbs/14_checkpoint.ipynb #e1b2ac22
+# %% ../nbs/14_checkpoint.ipynb #d8c47909
 def check_same_recipe(
     path, # the checkpoint's file, for the message
     old:dict, # recipe in the checkpoint
@@ -87,7 +89,7 @@ def check_same_recipe(
     changed = [f"{k}: {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]
     if changed: raise UserError(f"{path} was started with another recipe ({'; '.join(changed)}); use the same settings to resume, or another output folder")
 
-# %% ../nbs/14_checkpoint.ipynb #8f3c55c3
+# %% ../nbs/14_checkpoint.ipynb #b66fd7a6
 def load_run(
     run, # folder of a run
     backbone=None, # the module it was trained with, if it was not one that the recipe names

@@ -6,7 +6,7 @@
 __all__ = ['Parser', 'run_command', 'add_recipe_options', 'parse_option', 'recipe_from', 'pretrain_parser', 'logger_callbacks',
            'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
 
-# %% ../nbs/21_cli.ipynb #d41963e9
+# %% ../nbs/21_cli.ipynb #54edad80
 import argparse, sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +14,7 @@ from fastcore.docments import docments
 from .core import UserError, check_choice
 from .paper import Recipe, get_recipe, recipes
 
-# %% ../nbs/21_cli.ipynb #e163c1af
+# %% ../nbs/21_cli.ipynb #24087ec5
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors on one line."
     def __init__(self, **kw): super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
@@ -36,7 +36,7 @@ def run_command(
     print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
-# %% ../nbs/21_cli.ipynb #65e22d59
+# %% ../nbs/21_cli.ipynb #7154e709
 def add_recipe_options(
     parser:Parser, # changed in place
     without:tuple=("method", "options", "view_options"), # fields that the command treats itself
@@ -54,6 +54,7 @@ def parse_option(
     "A method option from the command line. Raises `UserError` if it is not NAME=VALUE."
     name, equals, value = text.partition("=")
     if not equals: raise UserError(f"option {text!r} must have the form NAME=VALUE, e.g. groups=8")
+    if "," in value: return name, [parse_option(f"{name}={v}")[1] for v in value.split(",")]
     words = dict(true=True, false=False, none=None)
     if value.lower() in words: return name, words[value.lower()]
     for kind in int, float:
@@ -70,7 +71,7 @@ def recipe_from(
     if "lr" not in changes and "batch_size" in changes: changes["lr"] = base.lr*changes["batch_size"]/base.batch_size
     return base.changed(options=base.options | dict(parse_option(o) for o in args.option), view_options=base.view_options | dict(parse_option(o) for o in args.view_option), **changes)
 
-# %% ../nbs/21_cli.ipynb #2ab37598
+# %% ../nbs/21_cli.ipynb #716b4a1e
 def pretrain_parser()->Parser:
     "Options of lewel-pretrain."
     p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
@@ -79,7 +80,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--method", default="lewel_b", help="mocov2, lewel_m, byol or lewel_b")
     p.add_argument("--scale", default="imagenette", help=f"where defaults come from: {', '.join(recipes)}")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method, e.g. groups=8 or global_weight=0.3; may be repeated (all: lewel.methods.method_defaults)")
-    p.add_argument("--view-option", action="append", default=[], metavar="NAME=VALUE", help="setting of both views, e.g. flip=0 or jitter=0.5; may be repeated (all: lewel.views.ViewRecipe)")
+    p.add_argument("--view-option", action="append", default=[], metavar="NAME=VALUE", help="setting of both views, e.g. flip=0 or area=0.5,1; may be repeated (all: lewel.views.ViewRecipe)")
     add_recipe_options(p)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images when they are streamed from files")
@@ -121,7 +122,7 @@ def pretrain_command(argv=None):
               + (f", {len(skipped)} unreadable image{'s' * (len(skipped) > 1)} skipped" if skipped else "") + f"; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 
-# %% ../nbs/21_cli.ipynb #a717a5ed
+# %% ../nbs/21_cli.ipynb #3cb56724
 def evaluate_command(argv=None):
     "lewel-evaluate"
     from lewel.evaluate.run import evaluate
@@ -139,7 +140,7 @@ def evaluate_command(argv=None):
         print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.run)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 
-# %% ../nbs/21_cli.ipynb #5142f5fa
+# %% ../nbs/21_cli.ipynb #e4656c9e
 def export_command(argv=None):
     "lewel-export"
     from lewel.interop import export_backbone, export_formats
@@ -150,7 +151,7 @@ def export_command(argv=None):
     def action(a): print(export_backbone(a.run, a.out or Path(a.run)/f"backbone-{a.format}.pth", a.format))
     return run_command(p, action, argv)
 
-# %% ../nbs/21_cli.ipynb #c0accf00
+# %% ../nbs/21_cli.ipynb #de020b71
 def bench_command(argv=None):
     "lewel-bench"
     from lewel.bench import bench

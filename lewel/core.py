@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['UserError', 'check_choice', 'atomic_write', 'warn']
 
-# %% ../nbs/00_core.ipynb #8c0d3ceb
+# %% ../nbs/00_core.ipynb #1a87835e
 import difflib, os, sys, tempfile
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #596f6c02
+# %% ../nbs/00_core.ipynb #36e5787e
 class UserError(ValueError):
     "A mistake in the user's input: one line that names the thing and the remedy."
 
-# %% ../nbs/00_core.ipynb #ae984438
+# %% ../nbs/00_core.ipynb #0e0cf2c6
 def check_choice(
     what:str, # what is being chosen, as the user calls it: "method", "backbone"
     value:str, # what the user gave
@@ -26,7 +26,7 @@ def check_choice(
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"unknown {what} {value!r}: {hint}valid: {', '.join(map(str, choices))}")
 
-# %% ../nbs/00_core.ipynb #a987794d
+# %% ../nbs/00_core.ipynb #367652a9
 def atomic_write(
     path, # the file to write; its directory is made if need be
     content, # bytes, str, or a function that is called with the open binary file and writes into it
@@ -43,12 +43,14 @@ def atomic_write(
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         Path(temporary).unlink(missing_ok=True)
+        cause = e.__context__ if isinstance(e, RuntimeError) else e     # torch.save makes a RuntimeError of a full disk
+        if isinstance(cause, OSError): raise OSError(cause.errno, cause.strerror, str(path)) from e
         raise
     return path
 
-# %% ../nbs/00_core.ipynb #4ffd6fa9
+# %% ../nbs/00_core.ipynb #b15c8395
 def warn(
     message:str, # one line
 ):

@@ -7,7 +7,7 @@ __all__ = ['EXTENSIONS', 'SPLITS', 'MEMORY_LIMIT', 'ImageSet', 'MemorySet', 'Unr
            'list_images', 'FolderSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_folder',
            'open_data', 'label_fraction', 'epoch_order']
 
-# %% ../nbs/01_data.ipynb #d141f015
+# %% ../nbs/01_data.ipynb #6267000b
 import copy, hashlib, itertools, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import UserError, check_choice, warn
 
-# %% ../nbs/01_data.ipynb #82413437
+# %% ../nbs/01_data.ipynb #f7c88939
 class ImageSet:
     "What every set has: `_rows` names the attributes that hold one entry per image; labels are None in an unlabelled set."
     _rows, _sizes = ("labels",), None
@@ -35,7 +35,12 @@ class ImageSet:
         out.skipped, out._sizes = list(self.skipped), None
         return out
 
-# %% ../nbs/01_data.ipynb #8dc6b3e0
+    @property
+    def readable(self):
+        "How many of the images can be read, as far as is known."
+        return len(self) - len(set(self.skipped).intersection(getattr(self, "paths", ())))
+
+# %% ../nbs/01_data.ipynb #26107f77
 class MemorySet(ImageSet):
     "Images of one size, as a tensor."
     _rows = ("images", "labels")
@@ -79,7 +84,7 @@ class MemorySet(ImageSet):
             if tensor is not None: digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #155c1b05
+# %% ../nbs/01_data.ipynb #7252d244
 class UnreadableImage(Exception):
     "A file that cannot be decoded; the message is the reason."
 
@@ -106,7 +111,7 @@ def decode_image(
     with _opened(path) as image: rgb = _to_rgb(ImageOps.exif_transpose(image))
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/01_data.ipynb #907a6d84
+# %% ../nbs/01_data.ipynb #0794b275
 def image_size(
     path, # image file
 )->tuple: # (height, width) as `decode_image` would return it
@@ -114,7 +119,7 @@ def image_size(
     with _opened(path) as image: (width, height), turned = image.size, image.getexif().get(0x112, 1) >= 5
     return (width, height) if turned else (height, width)
 
-# %% ../nbs/01_data.ipynb #26a6c40b
+# %% ../nbs/01_data.ipynb #bdc5b99d
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 def list_images(
@@ -128,7 +133,7 @@ def list_images(
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in EXTENSIONS]
     return sorted(found)
 
-# %% ../nbs/01_data.ipynb #ff956989
+# %% ../nbs/01_data.ipynb #4964e4e1
 class FolderSet(ImageSet):
     "Images in files, decoded when they are read. Made by `open_folder`."
     _rows = ("paths", "labels")
@@ -169,7 +174,7 @@ class FolderSet(ImageSet):
             except UnreadableImage as e: self.skip(path, e)
         raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
 
-# %% ../nbs/01_data.ipynb #6c404576
+# %% ../nbs/01_data.ipynb #13223cb6
 @patch(as_prop=True)
 def sizes(self:FolderSet):
     "Heights and widths of the images, from the files' headers: two int64 arrays of length N; read once."
@@ -193,7 +198,7 @@ def fingerprint(
     lines = [f"{path}\t{(self.root/path).stat().st_size}\n" for path in self.paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #ace98e52
+# %% ../nbs/01_data.ipynb #6d36c21a
 def _counted(iterable, total, what):
     "Iterate, and on a terminal show how far it is."
     for i, item in enumerate(iterable, 1):
@@ -222,7 +227,7 @@ def to_memory(
     warn(f"{len(self) - len(kept)} of {len(self)} images in {self.root} skipped: {', '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}")
     return out.subset(kept)
 
-# %% ../nbs/01_data.ipynb #570c9514
+# %% ../nbs/01_data.ipynb #0204a4f3
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 
 def split_folder(
@@ -243,7 +248,7 @@ def class_names(
     "The classes of a list of images: the first folder of each path."
     return sorted({p.split("/")[0] for p in paths}) if all("/" in p for p in paths) else None
 
-# %% ../nbs/01_data.ipynb #39cc318d
+# %% ../nbs/01_data.ipynb #994ea30c
 def _check_folder(root):
     root = Path(root).expanduser()
     if not root.exists(): raise UserError(f"{root} does not exist: check the path to the images")
@@ -261,7 +266,7 @@ def _images_in(root, split):
     if len(paths) == 1: raise UserError(f"{folder} holds a single image ({paths[0]}): at least two are needed")
     return folder, paths
 
-# %% ../nbs/01_data.ipynb #c92a6720
+# %% ../nbs/01_data.ipynb #2739d743
 def open_folder(
     root, # folder, in one of the three layouts
     split:str="train", # "train" or "val"
@@ -283,7 +288,7 @@ def open_folder(
     labels = torch.tensor([index[p.split("/")[0]] for p in paths])
     return FolderSet(folder, paths, labels, classes, name=root.resolve().name, strict=strict)
 
-# %% ../nbs/01_data.ipynb #93ae865c
+# %% ../nbs/01_data.ipynb #407b4d41
 MEMORY_LIMIT = 2 << 30 # bytes; larger folders are streamed
 
 def imagenette_folder()->Path:
@@ -307,7 +312,7 @@ def open_data(
     shared = folder.shared_size()
     return folder.to_memory() if shared and len(folder)*3*shared[0]*shared[1] <= MEMORY_LIMIT else folder
 
-# %% ../nbs/01_data.ipynb #31287f07
+# %% ../nbs/01_data.ipynb #ff9b41fb
 def label_fraction(
     labels, # N class indices
     fraction:float, # share of the labels to keep, in (0, 1]
@@ -322,7 +327,7 @@ def label_fraction(
         kept.append(members[:max(1, int(fraction*len(members) + 0.5))])
     return torch.from_numpy(np.sort(np.concatenate(kept)))
 
-# %% ../nbs/01_data.ipynb #00ca5644
+# %% ../nbs/01_data.ipynb #7d05351d
 def epoch_order(
     n:int, # number of images
     seed:int, # the run's seed

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Settings', 'read_settings', 'check_parameters', 'run_notebook']
 
-# %% ../nbs/22_experiments.ipynb #943c5576
+# %% ../nbs/22_experiments.ipynb #f95c08ac
 import configparser, os, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import UserError, check_choice
 from .paper import recipes
 
-# %% ../nbs/22_experiments.ipynb #c6aa8473
+# %% ../nbs/22_experiments.ipynb #320a5546
 @dataclass
 class Settings:
     "How the experiments run."
@@ -49,7 +49,7 @@ def read_settings(
     check_choice("scale", settings.scale, recipes)
     return settings
 
-# %% ../nbs/22_experiments.ipynb #40564b6d
+# %% ../nbs/22_experiments.ipynb #46ac8e6d
 def check_parameters(
     notebook, # path of a notebook with a cell tagged "parameters"
     parameters:dict, # name -> value

@@ -6,7 +6,7 @@
 __all__ = ['head_parts', 'official_parts', 'export_formats', 'official_names', 'read_weights', 'load_official', 'export_backbone',
            'fits_torchvision']
 
-# %% ../nbs/10_interop.ipynb #1672dee8
+# %% ../nbs/10_interop.ipynb #08e95ec1
 from pathlib import Path
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torchvision import models
 from .core import UserError, atomic_write, check_choice
 from .backbones import resnets
 
-# %% ../nbs/10_interop.ipynb #843443fe
+# %% ../nbs/10_interop.ipynb #d1efb157
 head_parts = {"hidden.": "mlp.0.", "norm.": "mlp.1.", "out.": "mlp.3."}
 official_parts = {"online.": "online_net.", "target.": "target_net.", "head.g.": "neck.proj.", "head.p.": "neck.proj_obj.",
                   "global_criterion.predictor.": "predictor.", "aligned_criterion.predictor.": "predictor_obj."}
@@ -30,14 +30,14 @@ def official_names(
         if ours != "updates": names[theirs] = ours
     return names
 
-# %% ../nbs/10_interop.ipynb #816d67c4
+# %% ../nbs/10_interop.ipynb #22ce3810
 def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
     "Read a weight file without running code from it. Raises `UserError` if it is not there or not readable."
     if not Path(path).is_file(): raise UserError(f"no weight file at {path}")
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise UserError(f"{path} is not a weight file that can be read safely ({str(e).splitlines()[0]})") from e
+    except Exception as e: raise UserError(f"{path} is not a weight file that can be read safely ({(str(e) or type(e).__name__).splitlines()[0]})") from e
 
 def load_official(
     method:nn.Module, # a LEWEL_B method of the checkpoint's backbone and sizes; changed in place
@@ -53,7 +53,7 @@ def load_official(
     method.load_state_dict({n: state[k].reshape(own[n].shape) for k, n in names.items()} | {"updates": own["updates"]})
     return method
 
-# %% ../nbs/10_interop.ipynb #dd3fb2dd
+# %% ../nbs/10_interop.ipynb #c6f91957
 export_formats = "torchvision",
 
 def export_backbone(

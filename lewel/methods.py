@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['byol_defaults', 'mocov2_defaults', 'lewel_defaults', 'method_defaults', 'Network', 'Regression', 'Contrast', 'Losses',
-           'Method', 'check_options', 'create_method']
+           'Method', 'check_kind', 'check_options', 'create_method']
 
-# %% ../nbs/08_methods.ipynb #d3826524
+# %% ../nbs/08_methods.ipynb #a7062f54
 import copy, inspect
 from typing import NamedTuple
 import torch
@@ -18,7 +18,7 @@ from .alignment import CoupledHead, Embeddings, Head, PooledHead
 from .losses import info_nce, regression_loss
 from .target import Queue, momentum_schedule, update_average
 
-# %% ../nbs/08_methods.ipynb #692e0615
+# %% ../nbs/08_methods.ipynb #90b9d685
 class Network(nn.Module):
     "A backbone and a head: images -> `Embeddings`."
     def __init__(self,
@@ -30,7 +30,7 @@ class Network(nn.Module):
 
     def forward(self, images): return self.head(self.backbone(images))
 
-# %% ../nbs/08_methods.ipynb #f54e192d
+# %% ../nbs/08_methods.ipynb #ef001feb
 class Regression(nn.Module):
     "BYOL's criterion: a predictor, then 2 - 2 cos."
     def __init__(self,
@@ -43,7 +43,7 @@ class Regression(nn.Module):
     def forward(self, online, target): return regression_loss(self.predictor(online), target)
     def push(self, target): pass
 
-# %% ../nbs/08_methods.ipynb #4afb0618
+# %% ../nbs/08_methods.ipynb #3d181f26
 class Contrast(nn.Module):
     "MoCo's criterion: InfoNCE against a queue of past keys."
     def __init__(self,
@@ -65,7 +65,7 @@ class Contrast(nn.Module):
             target = target.gather(1, pick).squeeze(1)
         self.queue.push(target)
 
-# %% ../nbs/08_methods.ipynb #c9ee17e6
+# %% ../nbs/08_methods.ipynb #625dc484
 class Losses(NamedTuple):
     "What a method returns for a pair of views; each is a sum over directions."
     loss:torch.Tensor # w global + (1 - w) aligned, with gradient
@@ -149,13 +149,25 @@ class Method(nn.Module):
         if maps is None: raise UserError("this method has no alignment maps: its head pools; use 'lewel_m' or 'lewel_b'")
         return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
-# %% ../nbs/08_methods.ipynb #a1e4430b
+# %% ../nbs/08_methods.ipynb #cabcf057
 byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True)
 mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params", symmetric=False, queue_size=65536, temperature=0.2)
 lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned")
 method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults, lewel_b=byol_defaults | lewel_defaults)
 
-# %% ../nbs/08_methods.ipynb #49563ddd
+# %% ../nbs/08_methods.ipynb #2b31cc13
+def check_kind(
+    name:str, # an option's name
+    value, # what the user gave
+    default, # decides of what kind the value has to be; None: a whole number or None
+):
+    "Raises `UserError` for a value of another kind than the default."
+    if default is None and value is None or name == "hidden_dim" and value is None: return
+    kind = int if default is None else type(default)
+    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    if not right: raise UserError(f"{name}={value!r} must be {words[kind]}")
+
 def check_options(
     name:str, # a method's name
     options:dict, # what the user gave
@@ -165,6 +177,7 @@ def check_options(
     for o in options: check_choice(f"option of {name}", o, defaults)
     o = defaults | options
     check_choice("target_norm", o["target_norm"], ("eman", "params"))
+    for k, v in options.items(): check_kind(k, v, defaults[k])
     for k in "dim", "hidden_dim", "groups", "queue_size":
         if o.get(k) is not None and not (isinstance(o[k], int) and o[k] >= 1): raise UserError(f"{k}={o[k]!r} must be a positive whole number")
     for k in "global_weight", "base_momentum":
@@ -172,7 +185,7 @@ def check_options(
     if not o.get("temperature", 1) > 0: raise UserError(f"temperature={o['temperature']!r} must be positive")
     return o
 
-# %% ../nbs/08_methods.ipynb #cb1f9d75
+# %% ../nbs/08_methods.ipynb #c17f9f62
 def create_method(
     name:str, # "mocov2", "lewel_m", "byol" or "lewel_b"
     backbone="resnet50", # a name (see `create_backbone`) or a module that gives a feature map

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LARS', 'lars_parameters', 'warmup_cosine']
 
-# %% ../nbs/09_optim.ipynb #0940e111
+# %% ../nbs/09_optim.ipynb #6f89780e
 import math
 import torch
 from torch import nn
 
-# %% ../nbs/09_optim.ipynb #e73f09d7
+# %% ../nbs/09_optim.ipynb #4b41e18a
 class LARS(torch.optim.Optimizer):
     "Layer-wise adaptive rates (You et al. 2017; method.md section 5). Parameter groups may set `weight_decay` and `adapt`."
     def __init__(self,
@@ -37,15 +37,17 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params: continue
             grads = [p.grad for p in params]
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
             updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-            if group["adapt"]: torch._foreach_mul_(updates, self.local_rates(params, grads, group))
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates, alpha=group["lr"])
+            if group["adapt"]: torch._foreach_addcmul_(buffers, updates, self.local_rates(params, grads, group), group["lr"])
+            else: torch._foreach_add_(buffers, updates, alpha=group["lr"])
             torch._foreach_sub_(params, buffers)
         return loss
 
-# %% ../nbs/09_optim.ipynb #440787eb
+# %% ../nbs/09_optim.ipynb #fef8066f
 def lars_parameters(
     method:nn.Module, # a method, see `lewel.methods`
     weight_decay:float, # lambda of the adapted tensors
@@ -59,7 +61,7 @@ def lars_parameters(
         (adapted if p.ndim > 1 or quirk else excluded).append(p)
     return [dict(params=adapted, weight_decay=weight_decay), dict(params=excluded, weight_decay=0., adapt=False)]
 
-# %% ../nbs/09_optim.ipynb #8e9258eb
+# %% ../nbs/09_optim.ipynb #9d2f148c
 def warmup_cosine(
     step:int, # iteration from the start of training, from 0
     steps_per_epoch:int, # iterations an epoch

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['paper_recipes', 'recipes', 'published', 'published_gains', 'imagenette_anchor', 'Recipe', 'views_of', 'get_recipe']
 
-# %% ../nbs/12_paper.ipynb #5c78a813
+# %% ../nbs/12_paper.ipynb #0c33820e
 from dataclasses import asdict, dataclass, field, fields, replace
 import pandas as pd
 from .core import UserError, check_choice
 from .methods import check_options, method_defaults
 from .views import ViewRecipe, byol_views, mocov2_views
 
-# %% ../nbs/12_paper.ipynb #332afa46
+# %% ../nbs/12_paper.ipynb #ff52c827
 @dataclass(frozen=True)
 class Recipe:
     "How to pretrain. Sizes in pixels; the learning rate is absolute, not scaled by the batch size."
@@ -42,7 +42,10 @@ class Recipe:
             if not (isinstance(getattr(self, k), int) and getattr(self, k) >= 1): raise UserError(f"{k}={getattr(self, k)!r} must be a positive whole number")
         if self.batch_size < 2: raise UserError(f"batch_size={self.batch_size}: BatchNorm needs at least 2 images in a batch")
         if not 0 <= self.warmup_epochs < self.epochs: raise UserError(f"warmup_epochs={self.warmup_epochs} must be at least 0 and less than epochs={self.epochs}")
-        if not self.lr > 0: raise UserError(f"lr={self.lr!r} must be positive")
+        if not 0 < self.lr < float("inf"): raise UserError(f"lr={self.lr!r} must be positive and finite")
+        if not 0 <= self.momentum < 1: raise UserError(f"momentum={self.momentum!r} must be at least 0 and less than 1")
+        if not 0 <= self.weight_decay < float("inf"): raise UserError(f"weight_decay={self.weight_decay!r} must be at least 0")
+        if self.seed < 0: raise UserError(f"seed={self.seed!r} must be at least 0")
 
         views_of(self)
 
@@ -56,9 +59,13 @@ def views_of(
     "The recipes of the two views. Raises `UserError` for an unknown view option or an impossible value."
     for k in recipe.view_options: check_choice("view option", k, [f.name for f in fields(ViewRecipe) if f.name != "size"])
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.view_options.items()}
+    for k, v in changes.items():
+        default = getattr(ViewRecipe(recipe.size), k)
+        if isinstance(default, tuple) != isinstance(v, tuple): raise UserError(f"view option {k}={v!r} must be {'a pair, e.g. ' + ','.join(map(str, default)) if isinstance(default, tuple) else 'a single value'}")
+        if isinstance(default, float) and (isinstance(v, bool) or not isinstance(v, (int, float))): raise UserError(f"view option {k}={v!r} must be a number")
     return (byol_views if recipe.views == "byol" else mocov2_views)(recipe.size, **changes)
 
-# %% ../nbs/12_paper.ipynb #796b23b5
+# %% ../nbs/12_paper.ipynb #b25d38a3
 _moco = dict(views="mocov2", batch_size=256, epochs=200, warmup_epochs=0, optimizer="sgd", lr=0.03, weight_decay=1e-4)
 paper_recipes = dict(
     mocov2=Recipe("mocov2", **_moco),
@@ -68,7 +75,7 @@ paper_recipes = dict(
     lewel_b_syncbn=Recipe("lewel_b", batch_size=4096, epochs=400, warmup_epochs=10, lr=7.2, weight_decay=1e-6, adapt_head_norms=True, precision="float16",
                           options=dict(target_norm="params", base_momentum=0.996)))
 
-# %% ../nbs/12_paper.ipynb #cee4d701
+# %% ../nbs/12_paper.ipynb #4f686258
 _nette = dict(backbone="resnet18", size=128, batch_size=256, epochs=200, warmup_epochs=0, optimizer="sgd", lr=0.06, weight_decay=5e-4)
 _nette_momentum = dict(base_momentum=0.99, cosine_momentum=False)
 _nette_queue = dict(**_nette_momentum, queue_size=4096, temperature=0.1, symmetric=True, target_norm="eman")
@@ -98,7 +105,7 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
 
-# %% ../nbs/12_paper.ipynb #a21f5d44
+# %% ../nbs/12_paper.ipynb #31ac01d9
 _lewel, _emans, _moco2 = "LEWEL authors' README", "EMAN authors' README", "MoCo authors' README"
 _later = "quoted by a later paper"
 published = pd.DataFrame([(method, epochs, task, metric, value, source) for method, epochs, task, values, source in [
@@ -127,9 +134,9 @@ published = pd.DataFrame([(method, epochs, task, metric, value, source) for meth
     ("lewel_m", 200, "COCO FPN 1x", dict(box_ap=40.0, box_ap50=59.8, box_ap75=43.7, mask_ap=36.1, mask_ap50=57.0, mask_ap75=38.7), _later),
 ] for metric, value in values.items()], columns=["method", "epochs", "task", "metric", "value", "source"])
 
-# %% ../nbs/12_paper.ipynb #a75d7399
+# %% ../nbs/12_paper.ipynb #9f0959e8
 published_gains = pd.DataFrame(dict(
     baseline=["mocov2", "byol"], linear=[1.6, 1.3], semi_supervised=[1.3, 1.3], voc_segmentation=[0.5, 0.7], voc_detection=[0.4, 0.6])).set_index("baseline")
 
-# %% ../nbs/12_paper.ipynb #daaee118
+# %% ../nbs/12_paper.ipynb #062f7ee7
 imagenette_anchor = pd.DataFrame(dict(epochs_200=dict(byol=70.5, mocov2=78.6, simclr=83.5, swav=86.1, dino=87.3), epochs_800=dict(byol=88.7, mocov2=87.4, simclr=88.9, swav=90.2, dino=88.8)))

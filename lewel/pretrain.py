@@ -7,7 +7,7 @@ __all__ = ['create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Prec
            'Monitor', 'Stopped', 'noting_signals', 'Checkpoints', 'Bars', 'pick_device', 'peak_memory_mb',
            'keep_freed_memory', 'pretrain', 'check_positions', 'open_pair', 'finished', 'pretrain_record', 'StopAt']
 
-# %% ../nbs/16_pretrain.ipynb #44e225c7
+# %% ../nbs/16_pretrain.ipynb #a12fcfbe
 import ctypes, math, os, resource, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +31,7 @@ from .paper import Recipe, get_recipe, views_of
 from .results import environment, read_record, run_id, write_curve, write_record
 from .views import ViewLoader
 
-# %% ../nbs/16_pretrain.ipynb #ae6b85ee
+# %% ../nbs/16_pretrain.ipynb #36a9cded
 def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
@@ -43,7 +43,7 @@ def create_optimizer(
     if recipe.optimizer == "adamw": return torch.optim.AdamW(params, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/16_pretrain.ipynb #7b48897c
+# %% ../nbs/16_pretrain.ipynb #1dd0c4cf
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step."
     def __init__(self, loader, method, optimizer, recipe, device, cbs):
@@ -52,12 +52,18 @@ class Pretraining(Learner):
                          cbs=[TrainEvalCallback(), Recorder(valid_metrics=False), *cbs])
         self.opt, self.recipe, self.loader = wrapped, recipe, loader
         self.recorder.smooth_loss = DeviceSmoothLoss()
-        self.step, self.total_steps, self.skipped_step = 0, recipe.epochs*len(loader), False
+        self.step, self.first_epoch, self.total_steps, self.skipped_step = 0, 0, recipe.epochs*len(loader), False
 
     def _do_fit(self):
-        for epoch in range(self.step//len(self.loader), self.n_epoch):
+        for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+    def _call_one(self, event_name):
+        try: super()._call_one(event_name)
+        except Exception as e:      # fastai puts a line of its own before the message: take it off again
+            if e.args and isinstance(e.args[0], str): e.args = e.args[0].rpartition(f"`{event_name}`:\n\t")[2],
+            raise
 
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, kept on the device: its own brings every loss to the host."
@@ -66,7 +72,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().float()
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/16_pretrain.ipynb #8cc4f2c2
+# %% ../nbs/16_pretrain.ipynb #5c6ef09f
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
     def before_epoch(self):
@@ -85,7 +91,7 @@ class Steps(Callback):
 
     def after_batch(self): self.learn.step += 1
 
-# %% ../nbs/16_pretrain.ipynb #4e98769c
+# %% ../nbs/16_pretrain.ipynb #19f335e3
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
     def __init__(self, precision, device):
@@ -107,7 +113,7 @@ class Precision(Callback):
         self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
-# %% ../nbs/16_pretrain.ipynb #29a7d398
+# %% ../nbs/16_pretrain.ipynb #cbf4ebfc
 class NonFiniteLoss(RuntimeError):
     "The loss became infinite or not a number."
 
@@ -133,7 +139,7 @@ class Curve(Callback):
         if len(bad):
             step = first + bad[0].item()
             raise NonFiniteLoss(f"the loss became {losses[bad[0].item(), 0].item()} at step {step} (epoch {step//len(self.loader) + 1}, step {step % len(self.loader)} in it); "
-                                "the last good checkpoint is kept: try a lower learning rate, a longer warm-up or precision float32")
+                                "earlier checkpoints are kept: try a lower learning rate, a longer warm-up or precision float32")
         means, step = losses.mean(0).tolist(), self.learn.step - 1
         row = dict(step=step + 1, epoch=(step + 1)/len(self.loader), loss=means[0], global_loss=means[1], aligned_loss=means[2],
                    lr=self.opt.opt.param_groups[0]["lr"], momentum=self.model.momentum(step, self.total_steps), **self.diagnostics())
@@ -159,7 +165,7 @@ class Curve(Callback):
         print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
               f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #bda756a8
+# %% ../nbs/16_pretrain.ipynb #8bc867de
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
@@ -190,7 +196,7 @@ class Monitor(Callback):
         self.best = max(self.best, top1)
         if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #f875cb9a
+# %% ../nbs/16_pretrain.ipynb #6d960240
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
     def __init__(self, signum, path):
@@ -207,7 +213,7 @@ def noting_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_pretrain.ipynb #be99cb52
+# %% ../nbs/16_pretrain.ipynb #84a61ff6
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -221,35 +227,37 @@ class Checkpoints(Callback):
         check_same_recipe(self.out/"last.pt", state["recipe"], learn.recipe)
         if state["data"] != self.fingerprint: raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
         restore(state, learn.model, learn.opt.opt, self.precision.scaler)
-        learn.step = state["epoch"]*len(learn.loader) + state["step"]
+        learn.first_epoch, learn.step = state["epoch"], state["epoch"]*len(learn.loader) + state["step"]
+        skipped = learn.loader.images.skipped
+        skipped += [path for path in state["skipped"] if path not in skipped]
         learn.curve.rows, learn.curve.seconds, learn.curve.warned = state["curve"], state["seconds"], set(state["warned"])
         if monitor: monitor.best = state["best"]
         return learn.step
 
-    def save(self, *names):
-        "Write the checkpoint, under each of the names."
+    def save(self, *names, epoch):
+        "Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond; an epoch is whole when it has been monitored."
         curve = self.learn.curve
         curve.flush()
-        norms = torch.stack(torch._foreach_norm(list(self.model.online.parameters())))
-        if not norms.isfinite().all(): raise NonFiniteLoss(f"a parameter is not finite after step {self.learn.step - 1}; the last good checkpoint is kept: try a lower learning rate or precision float32")
+        kept = [*self.model.state_dict().values(), *(v for s in self.opt.opt.state.values() for v in s.values() if torch.is_tensor(v))]
+        if not torch.stack([t.isfinite().all().to(self.dls.device) for t in kept]).all():
+            raise NonFiniteLoss(f"a parameter or statistic is not finite after step {self.learn.step - 1}; earlier checkpoints are kept: try a lower learning rate or precision float32")
         best = self.monitor.best if hasattr(self.learn, "monitor") else -1.
-        epoch, step = divmod(self.learn.step, len(self.loader))
         for name in names:
-            save_checkpoint(self.out/name, self.recipe, epoch, step, self.model, self.opt.opt, self.precision.scaler,
-                            data=self.fingerprint, curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best)
+            save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader), self.model, self.opt.opt, self.precision.scaler,
+                            data=self.fingerprint, curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best, skipped=list(self.loader.images.skipped))
         write_curve(self.out, curve.rows)
         self.saved = time.time()
 
     def after_batch(self):
         if self.signals:
-            self.save("last.pt")
+            self.save("last.pt", epoch=self.epoch)
             raise Stopped(self.signals[0], self.out/"last.pt")
         due = self.every_steps and self.learn.step % self.every_steps == 0
-        if due or time.time() - self.saved > self.every_minutes*60: self.save("last.pt")
+        if due or time.time() - self.saved > self.every_minutes*60: self.save("last.pt", epoch=self.epoch)
 
-    def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []))
+    def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), epoch=self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #35ce5c92
+# %% ../nbs/16_pretrain.ipynb #8c8aa382
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
     def after_batch(self):
@@ -272,7 +280,7 @@ def peak_memory_mb(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/16_pretrain.ipynb #adccac33
+# %% ../nbs/16_pretrain.ipynb #cd7c93f8
 def keep_freed_memory():
     "Ask glibc's malloc to keep freed memory for the next step rather than return it; elsewhere nothing happens."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -281,7 +289,7 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-# %% ../nbs/16_pretrain.ipynb #cac27ea3
+# %% ../nbs/16_pretrain.ipynb #4fda8115
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
@@ -300,6 +308,8 @@ def pretrain(
     "Pretrain a method on images. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
     out, device = Path(out), pick_device(device)
     check_choice("progress", progress, ("auto", "bars", "lines", "none"))
+    for name, value, least in ("workers", workers, 0), ("log_every", log_every, 1), ("save_every", save_every or 0, 0), ("monitor_every", monitor_every, 0):
+        if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
     if progress == "auto": progress = "bars" if IN_NOTEBOOK or sys.stdout.isatty() else "lines"
     if device.type == "cpu": keep_freed_memory()
     torch.manual_seed(recipe.seed)
@@ -312,6 +322,8 @@ def pretrain(
     method = method.to(device, memory_format=torch.channels_last)
     on_device = images.to(device) if hasattr(images, "to") else images
     loader = ViewLoader(on_device, views_of(recipe), recipe.batch_size, recipe.seed, device, workers)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"{out} cannot be made a folder ({e.strerror}); choose another output folder") from e
     sets = monitor_sets(images, val) if monitor_every else None
     monitor = Monitor(sets, monitor_every) if sets else None
     precision, curve = Precision(recipe.precision, device), Curve(log_every, progress == "lines")
@@ -323,7 +335,7 @@ def pretrain(
         if (out/"last.pt").exists():
             step = checkpoints.load(learn, monitor)
             if progress == "lines": print(f"{recipe.method} seed {recipe.seed} | resuming {out} at step {step} of {learn.total_steps}", flush=True)
-        if learn.step < learn.total_steps: learn.fit(recipe.epochs)
+        if learn.first_epoch < recipe.epochs: learn.fit(recipe.epochs)
     return write_record(out, pretrain_record(learn, images, fingerprint, device, scale))
 
 def check_positions(
@@ -371,12 +383,12 @@ def pretrain_record(
     metrics = dict(loss=sum(row["loss"] for row in last)/len(last), **{k: v for k, v in rows[-1].items() if k in ("feature_std", "effective_rank", "mean_cosine", "map_entropy")})
     monitored = [row["knn_top1"] for row in rows if "knn_top1" in row]
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
-    data = dict(name=images.name, n=len(images), fingerprint=fingerprint, skipped=sorted(images.skipped))
+    data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
     record = dict(kind="pretrain", scale=scale, method=r.method, seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), builds_on=[], warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
-# %% ../nbs/16_pretrain.ipynb #f2c56b92
+# %% ../nbs/16_pretrain.ipynb #3504f1ee
 class StopAt(Callback):
     "Ask training to stop after a step, as a signal would: for tests and time budgets."
     order = 59

@@ -34,7 +34,7 @@ def test_pretrain_help_names_every_setting_of_a_recipe(capsys):
     "Method options through --option, all others by their own name, each with its line of documentation."
     with pytest.raises(SystemExit): cli.pretrain_command(["--help"])
     text = capsys.readouterr().out
-    for f in fields(Recipe): assert f"--{'option' if f.name == 'options' else f.name.replace('_', '-')}" in text, f.name
+    for f in fields(Recipe): assert f"--{f.name.replace('_', '-').replace('options', 'option')} " in text, f.name
     assert "peak learning rate" in text
 
 # --- mistakes of the user
@@ -47,6 +47,7 @@ MISTAKES = {
     "unknown option": (["--option", "foo=1"], "foo"),
     "option of another method": (["--method", "byol", "--option", "groups=4"], "groups"),
     "option without a value": (["--option", "groups"], "NAME=VALUE"),
+    "unknown view option": (["--view-option", "flop=0"], "flop", "flip"),
     "unknown flag": (["--epoch", "3"], "--epoch"),
     "not a number": (["--epochs", "many"], "--epochs", "many"),
     "unknown optimizer": (["--optimizer", "adam"], "adam", "sgd"),
@@ -73,7 +74,7 @@ IMPOSSIBLE = {
     "negative seed": ["--seed=-1"], "negative momentum": ["--momentum=-1"], "negative weight decay": ["--weight-decay=-1"], "infinite learning rate": ["--lr", "inf"],
     "negative workers": ["--workers=-1"], "no logging": ["--log-every", "0"], "negative save interval": ["--save-every=-1"], "negative monitor interval": ["--monitor-every=-1"],
     "scale is a word": ["--option", "scale=big"], "weight is a word": ["--option", "global_weight=half"], "no dim": ["--option", "dim=none"],
-    "temperature is a word": ["--method", "lewel_m", "--option", "temperature=hot"], "coupled is a number": ["--option", "coupled=7"],
+    "temperature is a word": ["--method", "lewel_m", "--option", "temperature=hot"], "view option is a word": ["--view-option", "jitter=often"], "coupled is a number": ["--option", "coupled=7"],
 }
 
 @pytest.mark.parametrize("argv", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
@@ -81,7 +82,7 @@ def test_pretrain_refuses_impossible_values(argv, tmp_path, train):
     "A value of the wrong kind or out of range is the user's mistake, not a traceback: also where files are streamed."
     data = draw(tmp_path/"data", 16, [(40, 40), (44, 50)])
     *_, option, value = argv if len(argv) > 1 else argv[0].split("=")
-    name = (value.split("=")[0] if option == "--option" else option[2:]).replace("-", "_")
+    name = (value.split("=")[0] if option.endswith("option") else option[2:]).replace("-", "_")
     done = train(data, tmp_path/"out", *argv)
     refused(done, "pretrain")
     assert f"{name}=" in done.err and not (tmp_path/"out/last.pt").exists()

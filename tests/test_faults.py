@@ -148,12 +148,11 @@ def half(flat, tmp_path, train, callbacks):
     callbacks()
     return tmp_path/"out"
 
-@pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.025 -> 0.5"]), (["--option", "groups=8"], ["groups", "8"]), (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
+@pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.05 -> 0.5"]), (["--option", "groups=8"], ["groups", "8"]), (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
                                          (["--seed", 1, "--epochs", 3], ["seed: 0 -> 1", "epochs: 2 -> 3"])], ids=["lr", "option", "method", "two"])
 def test_resume_refuses_another_recipe(more, words, half, flat, train):
     "All that changed is named, and the checkpoint stays."
     before = (half/"last.pt").read_bytes()
-    if "--lr" in more: words = [f"lr: {load_checkpoint(half/'last.pt')['recipe']['lr']} -> 0.5"]
     refused(train(flat, half, *more), "pretrain", half, *words)
     assert (half/"last.pt").read_bytes() == before and not (half/"record.json").exists()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'run_protocol', 'settings', 'evaluate', 'run_backbone', 'random_backbone']
 
-# %% ../../nbs/18_evaluate_run.ipynb #ef8096ee
+# %% ../../nbs/18_evaluate_run.ipynb #955fd4f6
 from dataclasses import asdict
 from pathlib import Path
 import time
@@ -20,7 +20,7 @@ from ..paper import Recipe
 from ..pretrain import peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
-# %% ../../nbs/18_evaluate_run.ipynb #55427f20
+# %% ../../nbs/18_evaluate_run.ipynb #fdda99e5
 def evaluation_sets(
     data, # "scenes", "imagenette", a folder with train/ and val/, or a pair of labelled `ImageSet`s
     size:int, # pixels, of generated images
@@ -36,7 +36,7 @@ def evaluation_sets(
         if images.labels is None: raise UserError(f"the {part} images of {data} have no labels: put them into class folders")
     return train, test
 
-# %% ../../nbs/18_evaluate_run.ipynb #eb2275ff
+# %% ../../nbs/18_evaluate_run.ipynb #db5da906
 protocols = "knn", "linear"
 
 def run_protocol(
@@ -57,7 +57,7 @@ def settings(name, preset):
     "A protocol's settings, for the record."
     return asdict(KNN() if name == "knn" else LINEAR[preset])
 
-# %% ../../nbs/18_evaluate_run.ipynb #24d44407
+# %% ../../nbs/18_evaluate_run.ipynb #13015604
 def evaluate(
     run, # folder of a finished run, or "random"
     data, # see `evaluation_sets`
@@ -77,7 +77,7 @@ def evaluate(
     train, test = evaluation_sets(data, recipe.size, strict)
     out = Path(out or Path(run)/"evaluation")
     record = dict(kind="evaluation", scale=scale, method="random" if run == "random" else recipe.method, seed=recipe.seed, recipe=asdict(recipe) | dict(protocols={n: settings(n, preset) for n in names}), builds_on=builds_on,
-                  data=dict(name=test.name, n=len(test), fingerprint=f"{train.fingerprint()} {test.fingerprint()}", skipped=sorted(train.skipped + test.skipped)))
+                  data=dict(name=test.name, fingerprint=f"{train.fingerprint()} {test.fingerprint()}"))
     identity = run_id(record)
     if (out/"record.json").exists() and read_record(out)["id"] == identity: return read_record(out)
     start, metrics = time.time(), {}
@@ -86,6 +86,7 @@ def evaluate(
         metrics |= numbers
         print(f"{record['method']} seed {recipe.seed} | {n}: " + ", ".join(f"{k} {v:.1f}" for k, v in numbers.items() if isinstance(v, float)), flush=True)
     seconds = time.time() - start
+    record["data"] |= dict(n=test.readable, skipped=sorted(train.skipped + test.skipped))       # what is streamed has only now been read
     return write_record(out, dict(id=identity, metrics=metrics, seconds=seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment()))
 
 def run_backbone(run):

@@ -1,0 +1,33 @@
+"Tables, README and records agree."
+from pathlib import Path
+import pandas as pd
+import pytest
+from lewel.results import linear_table, read_records, write_table
+
+root = Path(__file__).resolve().parent.parent
+demo = root/"results"/"demo"
+
+def test_table_is_what_the_records_say(tmp_path):
+    "Rebuilding the table from the committed records gives the committed bytes."
+    caption = (demo/"tables"/"linear.md").read_text().splitlines()[0]
+    write_table(linear_table(read_records(demo/"evaluations")), tmp_path/"linear", caption)
+    for suffix in ".csv", ".md": assert (tmp_path/f"linear{suffix}").read_bytes() == (demo/"tables"/f"linear{suffix}").read_bytes()
+
+def test_readme_shows_the_table():
+    "Every row of the table stands in the README as it is in results/."
+    readme = (root/"README.md").read_text()
+    for line in (demo/"tables"/"linear.md").read_text().splitlines(): assert line in readme
+
+def test_evaluations_build_on_runs_that_are_there():
+    "Every evaluation names a pretraining run whose record is committed, made of the same recipe and seed."
+    runs = {r["id"]: r for r in read_records(demo/"runs")}
+    for e in read_records(demo/"evaluations"):
+        assert e["method"] == "random" or [runs[i]["seed"] for i in e["builds_on"]] == [e["seed"]]
+        assert e["scale"] == "demo"
+
+def test_numbers_mean_something():
+    "Every method is well above chance (10%) and above the random backbone in linear classification."
+    table = pd.read_csv(demo/"tables"/"linear.csv").set_index("method")
+    assert set(table.index) == {"random", "mocov2", "lewel_m", "byol", "lewel_b"}
+    for method in table.index.drop("random"):
+        assert table.loc[method, "linear top-1 mean"] > max(20, table.loc["random", "linear top-1 mean"])
