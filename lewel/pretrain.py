@@ -7,7 +7,7 @@ __all__ = ['create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Prec
            'Monitor', 'Stopped', 'noting_signals', 'Checkpoints', 'Bars', 'pick_device', 'peak_memory_mb',
            'keep_freed_memory', 'pretrain', 'check_positions', 'open_pair', 'finished', 'pretrain_record', 'StopAt']
 
-# %% ../nbs/16_pretrain.ipynb #a12fcfbe
+# %% ../nbs/16_pretrain.ipynb #67ff6db2
 import ctypes, math, os, resource, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +31,7 @@ from .paper import Recipe, get_recipe, views_of
 from .results import environment, read_record, run_id, write_curve, write_record
 from .views import ViewLoader
 
-# %% ../nbs/16_pretrain.ipynb #36a9cded
+# %% ../nbs/16_pretrain.ipynb #f4a35979
 def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
@@ -43,7 +43,7 @@ def create_optimizer(
     if recipe.optimizer == "adamw": return torch.optim.AdamW(params, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/16_pretrain.ipynb #1dd0c4cf
+# %% ../nbs/16_pretrain.ipynb #1e84d3b6
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step."
     def __init__(self, loader, method, optimizer, recipe, device, cbs):
@@ -72,7 +72,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().float()
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/16_pretrain.ipynb #5c6ef09f
+# %% ../nbs/16_pretrain.ipynb #3058455e
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
     def before_epoch(self):
@@ -91,7 +91,7 @@ class Steps(Callback):
 
     def after_batch(self): self.learn.step += 1
 
-# %% ../nbs/16_pretrain.ipynb #19f335e3
+# %% ../nbs/16_pretrain.ipynb #f1dbdb41
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
     def __init__(self, precision, device):
@@ -113,7 +113,7 @@ class Precision(Callback):
         self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
-# %% ../nbs/16_pretrain.ipynb #cbf4ebfc
+# %% ../nbs/16_pretrain.ipynb #dd84d4cb
 class NonFiniteLoss(RuntimeError):
     "The loss became infinite or not a number."
 
@@ -165,7 +165,7 @@ class Curve(Callback):
         print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
               f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #8bc867de
+# %% ../nbs/16_pretrain.ipynb #8f121a28
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
@@ -196,7 +196,7 @@ class Monitor(Callback):
         self.best = max(self.best, top1)
         if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #6d960240
+# %% ../nbs/16_pretrain.ipynb #4d37db60
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
     def __init__(self, signum, path):
@@ -213,7 +213,7 @@ def noting_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_pretrain.ipynb #84a61ff6
+# %% ../nbs/16_pretrain.ipynb #355606e4
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -257,7 +257,7 @@ class Checkpoints(Callback):
 
     def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), epoch=self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #8c8aa382
+# %% ../nbs/16_pretrain.ipynb #18a7adb5
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
     def after_batch(self):
@@ -280,7 +280,7 @@ def peak_memory_mb(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/16_pretrain.ipynb #cd7c93f8
+# %% ../nbs/16_pretrain.ipynb #86467048
 def keep_freed_memory():
     "Ask glibc's malloc to keep freed memory for the next step rather than return it; elsewhere nothing happens."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -289,7 +289,7 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-# %% ../nbs/16_pretrain.ipynb #4fda8115
+# %% ../nbs/16_pretrain.ipynb #916dc669
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
@@ -388,7 +388,7 @@ def pretrain_record(
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), builds_on=[], warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
-# %% ../nbs/16_pretrain.ipynb #3504f1ee
+# %% ../nbs/16_pretrain.ipynb #1ef353d8
 class StopAt(Callback):
     "Ask training to stop after a step, as a signal would: for tests and time budgets."
     order = 59

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINEAR', 'LinearProtocol', 'fit_linear', 'streamed', 'cached', 'evaluate_linear']
 
-# %% ../../nbs/17_evaluate_linear.ipynb #a1ed9828
+# %% ../../nbs/17_evaluate_linear.ipynb #a7c51c5e
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..data import ImageSet, epoch_order
 from .knn import check_labels, extract_features, frozen, topk_accuracy
 from ..views import ViewLoader, ViewRecipe
 
-# %% ../../nbs/17_evaluate_linear.ipynb #ba3b242a
+# %% ../../nbs/17_evaluate_linear.ipynb #04bcb9f6
 @dataclass(frozen=True)
 class LinearProtocol:
     "How a linear classifier is trained; the default is the authors' (method.md section 7)."
@@ -27,6 +27,7 @@ class LinearProtocol:
     momentum:float=0.9
     weight_decay:float=0.
     area:tuple=(0.08, 1.) # of the random crops, as a fraction of the image
+    flip:float=0.5 # probability of mirroring an image
     cached_passes:int|None=None # None: new crops in every epoch; n: features of n passes are computed once
 
     def learning_rate(self,
@@ -38,10 +39,10 @@ class LinearProtocol:
 LINEAR = dict(
     paper=LinearProtocol(),
     imagenette=LinearProtocol(cached_passes=10),
-    demo=LinearProtocol(cached_passes=4),
+    demo=LinearProtocol(cached_passes=4, area=(0.5, 1.), flip=0.),
     smoke=LinearProtocol(epochs=5, milestones=(3, 4), batch_size=16, cached_passes=1))
 
-# %% ../../nbs/17_evaluate_linear.ipynb #eac58605
+# %% ../../nbs/17_evaluate_linear.ipynb #279972ed
 def fit_linear(
     batches, # called with an epoch from 0: yields (features B x C, labels B) on one device
     features:int, # C
@@ -64,7 +65,7 @@ def fit_linear(
             optimizer.step()
     return classifier
 
-# %% ../../nbs/17_evaluate_linear.ipynb #5a813e1d
+# %% ../../nbs/17_evaluate_linear.ipynb #635fcc6e
 def streamed(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
     images:ImageSet, # labelled
@@ -75,7 +76,7 @@ def streamed(
     workers:int=2, # processes that decode files
 ): # a function from an epoch to its batches of (features, labels)
     "Features of random crops and flips, computed anew for each epoch."
-    recipe = ViewRecipe(size, area=protocol.area, jitter=0., gray=0.)
+    recipe = ViewRecipe(size, area=protocol.area, flip=protocol.flip, jitter=0., gray=0.)
     loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers)
     labels = images.labels.cpu()
     def batches(epoch):
@@ -85,7 +86,7 @@ def streamed(
             yield x, labels[indices].to(device)
     return batches
 
-# %% ../../nbs/17_evaluate_linear.ipynb #007cb92d
+# %% ../../nbs/17_evaluate_linear.ipynb #68894148
 def cached(
     batches, # from `streamed`
     protocol:LinearProtocol, # how many passes to keep, batch size
@@ -98,7 +99,7 @@ def cached(
         for part in torch.from_numpy(epoch_order(len(x), seed, epoch)).to(x.device).split(protocol.batch_size): yield x[part], y[part]
     return again
 
-# %% ../../nbs/17_evaluate_linear.ipynb #64487493
+# %% ../../nbs/17_evaluate_linear.ipynb #c23767cb
 def evaluate_linear(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
     train:ImageSet, # to train the classifier on, labelled
