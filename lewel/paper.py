@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['paper_recipes', 'recipes', 'published', 'published_gains', 'imagenette_anchor', 'Recipe', 'views_of', 'get_recipe']
 
-# %% ../nbs/12_paper.ipynb #904ac44e
+# %% ../nbs/12_paper.ipynb #eb1083a2
 from dataclasses import asdict, dataclass, field, fields, replace
 import pandas as pd
 from .core import UserError, check_choice
 from .methods import check_options, method_defaults
 from .views import ViewRecipe, byol_views, mocov2_views
 
-# %% ../nbs/12_paper.ipynb #496f93dc
+# %% ../nbs/12_paper.ipynb #a08ae5fe
 @dataclass(frozen=True)
 class Recipe:
     "How to pretrain. Sizes in pixels; the learning rate is absolute, not scaled by the batch size."
@@ -65,7 +65,7 @@ def views_of(
         if isinstance(default, float) and (isinstance(v, bool) or not isinstance(v, (int, float))): raise UserError(f"view option {k}={v!r} must be a number")
     return (byol_views if recipe.views == "byol" else mocov2_views)(recipe.size, **changes)
 
-# %% ../nbs/12_paper.ipynb #e62aa215
+# %% ../nbs/12_paper.ipynb #322a80dd
 _moco = dict(views="mocov2", batch_size=256, epochs=200, warmup_epochs=0, optimizer="sgd", lr=0.03, weight_decay=1e-4)
 paper_recipes = dict(
     mocov2=Recipe("mocov2", **_moco),
@@ -75,20 +75,20 @@ paper_recipes = dict(
     lewel_b_syncbn=Recipe("lewel_b", batch_size=4096, epochs=400, warmup_epochs=10, lr=7.2, weight_decay=1e-6, adapt_head_norms=True, precision="float16",
                           options=dict(target_norm="params", base_momentum=0.996)))
 
-# %% ../nbs/12_paper.ipynb #5578853c
+# %% ../nbs/12_paper.ipynb #82806154
 _nette = dict(backbone="resnet18", size=128, batch_size=256, epochs=200, warmup_epochs=0, optimizer="sgd", lr=0.06, weight_decay=5e-4)
 _nette_momentum = dict(base_momentum=0.99, cosine_momentum=False)
 _nette_queue = dict(**_nette_momentum, queue_size=4096, temperature=0.1, symmetric=True, target_norm="eman")
 _demo = dict(backbone="small", size=64, batch_size=64, epochs=14, warmup_epochs=1, weight_decay=1e-4, view_options=dict(area=[0.5, 1.], flip=0.))
-_demo_byol = dict(dim=64, hidden_dim=1024, base_momentum=0.98, target_norm="params")
+_demo_byol = dict(dim=64, hidden_dim=256, base_momentum=0.98, target_norm="params")
 _demo_moco = dict(dim=64, base_momentum=0.98, queue_size=1024, temperature=0.2, symmetric=True, target_norm="eman")
-_demo_training = dict(byol_training=dict(optimizer="sgd", lr=0.03, views="mocov2"), moco_training=dict(optimizer="adamw", lr=2e-3, weight_decay=0.01))
+_demo_training = dict(byol_training=dict(optimizer="sgd", lr=0.1), moco_training=dict(optimizer="adamw", lr=2e-3, weight_decay=0.01))
 _smoke = dict(size=32, batch_size=16, epochs=2, warmup_epochs=0)
 
 def _four(byol, moco, byol_training={}, moco_training={}, **shared):
     "The four methods of a scale, from the method options and training settings of each family."
-    family = lambda name: (byol, dict(views="byol") | shared | byol_training) if name in ("byol", "lewel_b") else (moco, dict(views="mocov2") | shared | moco_training)
-    return {name: Recipe(name, options=family(name)[0], **family(name)[1]) for name in method_defaults}
+    return {name: Recipe(name, options=byol, views="byol", **(shared | byol_training)) if name in ("byol", "lewel_b")
+            else Recipe(name, options=moco, views="mocov2", **(shared | moco_training)) for name in method_defaults}
 
 recipes = dict(
     paper=paper_recipes,
@@ -105,7 +105,7 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
 
-# %% ../nbs/12_paper.ipynb #853f8be0
+# %% ../nbs/12_paper.ipynb #fd4a4bc2
 _lewel, _emans, _moco2 = "LEWEL authors' README", "EMAN authors' README", "MoCo authors' README"
 _later = "quoted by a later paper"
 published = pd.DataFrame([(method, epochs, task, metric, value, source) for method, epochs, task, values, source in [
@@ -134,9 +134,9 @@ published = pd.DataFrame([(method, epochs, task, metric, value, source) for meth
     ("lewel_m", 200, "COCO FPN 1x", dict(box_ap=40.0, box_ap50=59.8, box_ap75=43.7, mask_ap=36.1, mask_ap50=57.0, mask_ap75=38.7), _later),
 ] for metric, value in values.items()], columns=["method", "epochs", "task", "metric", "value", "source"])
 
-# %% ../nbs/12_paper.ipynb #0a380efa
+# %% ../nbs/12_paper.ipynb #b1b04581
 published_gains = pd.DataFrame(dict(
     baseline=["mocov2", "byol"], linear=[1.6, 1.3], semi_supervised=[1.3, 1.3], voc_segmentation=[0.5, 0.7], voc_detection=[0.4, 0.6])).set_index("baseline")
 
-# %% ../nbs/12_paper.ipynb #82042f93
+# %% ../nbs/12_paper.ipynb #33ba5b7c
 imagenette_anchor = pd.DataFrame(dict(epochs_200=dict(byol=70.5, mocov2=78.6, simclr=83.5, swav=86.1, dino=87.3), epochs_800=dict(byol=88.7, mocov2=87.4, simclr=88.9, swav=90.2, dino=88.8)))
