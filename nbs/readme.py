@@ -9,5 +9,6 @@ if __name__ == "__main__":
     nb.cells = [c for c in nb.cells if not c.source.startswith(("#| hide\n", "#| default_exp"))]
     for c in nb.cells:
         if c.source.startswith("#| hide_input"): c.cell_type, c.source, outputs = "markdown", "", c.pop("outputs"); c.source = outputs[0]["data"]["text/markdown"]
+    nb.metadata["language_info"] = dict(name="python")
     text, _ = MarkdownExporter().from_notebook_node(nb)
     (here.parent/"README.md").write_text(text.replace("](../", "](").strip() + "\n")
