@@ -28,7 +28,7 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	python tests/check_sync.py
-	OMP_NUM_THREADS=1 nbdev-test --n_workers 2
+	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1
 	OMP_NUM_THREADS=1 pytest -q tests
 

@@ -6,7 +6,7 @@
 __all__ = ['byol_defaults', 'mocov2_defaults', 'lewel_defaults', 'method_defaults', 'Network', 'Regression', 'Contrast', 'Losses',
            'Method', 'check_kind', 'check_options', 'create_method']
 
-# %% ../nbs/08_methods.ipynb #a7062f54
+# %% ../nbs/08_methods.ipynb #36330920
 import copy, inspect
 from typing import NamedTuple
 import torch
@@ -18,7 +18,7 @@ from .alignment import CoupledHead, Embeddings, Head, PooledHead
 from .losses import info_nce, regression_loss
 from .target import Queue, momentum_schedule, update_average
 
-# %% ../nbs/08_methods.ipynb #90b9d685
+# %% ../nbs/08_methods.ipynb #e1512757
 class Network(nn.Module):
     "A backbone and a head: images -> `Embeddings`."
     def __init__(self,
@@ -30,7 +30,7 @@ class Network(nn.Module):
 
     def forward(self, images): return self.head(self.backbone(images))
 
-# %% ../nbs/08_methods.ipynb #ef001feb
+# %% ../nbs/08_methods.ipynb #7fef7f2c
 class Regression(nn.Module):
     "BYOL's criterion: a predictor, then 2 - 2 cos."
     def __init__(self,
@@ -43,7 +43,7 @@ class Regression(nn.Module):
     def forward(self, online, target): return regression_loss(self.predictor(online), target)
     def push(self, target): pass
 
-# %% ../nbs/08_methods.ipynb #3d181f26
+# %% ../nbs/08_methods.ipynb #0ad8fc52
 class Contrast(nn.Module):
     "MoCo's criterion: InfoNCE against a queue of past keys."
     def __init__(self,
@@ -65,7 +65,7 @@ class Contrast(nn.Module):
             target = target.gather(1, pick).squeeze(1)
         self.queue.push(target)
 
-# %% ../nbs/08_methods.ipynb #625dc484
+# %% ../nbs/08_methods.ipynb #18c2d1c3
 class Losses(NamedTuple):
     "What a method returns for a pair of views; each is a sum over directions."
     loss:torch.Tensor # w global + (1 - w) aligned, with gradient
@@ -73,6 +73,7 @@ class Losses(NamedTuple):
     aligned_loss:torch.Tensor # of the aligned embeddings; 0 for a baseline
     online:Embeddings # of view 1, for diagnostics
 
+# %% ../nbs/08_methods.ipynb #36679fad
 class Method(nn.Module):
     "Online and target network, criteria, and the target's update (method.md sections 2 to 4)."
     def __init__(self,
@@ -149,13 +150,13 @@ class Method(nn.Module):
         if maps is None: raise UserError("this method has no alignment maps: its head pools; use 'lewel_m' or 'lewel_b'")
         return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
-# %% ../nbs/08_methods.ipynb #cabcf057
+# %% ../nbs/08_methods.ipynb #7c5d85ef
 byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True)
 mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params", symmetric=False, queue_size=65536, temperature=0.2)
 lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned")
 method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults, lewel_b=byol_defaults | lewel_defaults)
 
-# %% ../nbs/08_methods.ipynb #2b31cc13
+# %% ../nbs/08_methods.ipynb #4c76513a
 def check_kind(
     name:str, # an option's name
     value, # what the user gave
@@ -185,7 +186,7 @@ def check_options(
     if not o.get("temperature", 1) > 0: raise UserError(f"temperature={o['temperature']!r} must be positive")
     return o
 
-# %% ../nbs/08_methods.ipynb #c17f9f62
+# %% ../nbs/08_methods.ipynb #036f367e
 def create_method(
     name:str, # "mocov2", "lewel_m", "byol" or "lewel_b"
     backbone="resnet50", # a name (see `create_backbone`) or a module that gives a feature map

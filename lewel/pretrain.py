@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Precision', 'NonFiniteLoss', 'Curve', 'monitor_sets',
            'Monitor', 'Stopped', 'noting_signals', 'Checkpoints', 'Bars', 'pick_device', 'peak_memory_mb',
-           'keep_freed_memory', 'pretrain', 'check_positions', 'open_pair', 'finished', 'pretrain_record', 'StopAt']
+           'keep_freed_memory', 'check_positions', 'open_pair', 'finished', 'pretrain_record', 'pretrain', 'StopAt']
 
-# %% ../nbs/16_pretrain.ipynb #67ff6db2
+# %% ../nbs/16_pretrain.ipynb #8f035836
 import ctypes, math, os, resource, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +31,7 @@ from .paper import Recipe, get_recipe, views_of
 from .results import environment, read_record, run_id, write_curve, write_record
 from .views import ViewLoader
 
-# %% ../nbs/16_pretrain.ipynb #f4a35979
+# %% ../nbs/16_pretrain.ipynb #aff216e7
 def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
@@ -43,7 +43,7 @@ def create_optimizer(
     if recipe.optimizer == "adamw": return torch.optim.AdamW(params, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/16_pretrain.ipynb #1e84d3b6
+# %% ../nbs/16_pretrain.ipynb #1949a022
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step."
     def __init__(self, loader, method, optimizer, recipe, device, cbs):
@@ -72,7 +72,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().float()
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/16_pretrain.ipynb #3058455e
+# %% ../nbs/16_pretrain.ipynb #78fc8612
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
     def before_epoch(self):
@@ -91,7 +91,7 @@ class Steps(Callback):
 
     def after_batch(self): self.learn.step += 1
 
-# %% ../nbs/16_pretrain.ipynb #f1dbdb41
+# %% ../nbs/16_pretrain.ipynb #ea48aba2
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
     def __init__(self, precision, device):
@@ -113,10 +113,11 @@ class Precision(Callback):
         self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
-# %% ../nbs/16_pretrain.ipynb #dd84d4cb
+# %% ../nbs/16_pretrain.ipynb #9fb8481b
 class NonFiniteLoss(RuntimeError):
     "The loss became infinite or not a number."
 
+# %% ../nbs/16_pretrain.ipynb #ae24e81b
 class Curve(Callback):
     "Rows of losses, rates and diagnostics; progress lines; warnings that name a symptom."
     order = 55
@@ -165,7 +166,7 @@ class Curve(Callback):
         print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
               f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #8f121a28
+# %% ../nbs/16_pretrain.ipynb #0ad51daf
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
@@ -196,7 +197,7 @@ class Monitor(Callback):
         self.best = max(self.best, top1)
         if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #4d37db60
+# %% ../nbs/16_pretrain.ipynb #b97037c3
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
     def __init__(self, signum, path):
@@ -213,7 +214,7 @@ def noting_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_pretrain.ipynb #355606e4
+# %% ../nbs/16_pretrain.ipynb #01305c2b
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -257,7 +258,7 @@ class Checkpoints(Callback):
 
     def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), epoch=self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #18a7adb5
+# %% ../nbs/16_pretrain.ipynb #ebdca4c5
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
     def after_batch(self):
@@ -280,7 +281,7 @@ def peak_memory_mb(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/16_pretrain.ipynb #86467048
+# %% ../nbs/16_pretrain.ipynb #2d93edba
 def keep_freed_memory():
     "Ask glibc's malloc to keep freed memory for the next step rather than return it; elsewhere nothing happens."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -289,7 +290,59 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-# %% ../nbs/16_pretrain.ipynb #916dc669
+# %% ../nbs/16_pretrain.ipynb #0743e0a7
+def check_positions(
+    method:Method, # to be trained
+    size:int, # of its views, pixels
+):
+    "Raises `UserError` if the feature map has a single position, so that a LEWEL method has nothing to choose between."
+    if method.aligned_criterion is None: return
+    with frozen(method): maps = method.alignment_maps(torch.zeros(1, 3, size, size))
+    if maps.shape[-1]*maps.shape[-2] == 1: raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; use a larger size or another backbone")
+
+def open_pair(
+    data, # as for `pretrain`
+    size:int, # pixels, of generated images
+    strict:bool, # stop at an unreadable image
+)->tuple: # training and validation images; the latter None if there are none
+    "The training images and, for the monitor, the validation ones."
+    if isinstance(data, ImageSet): return data, None
+    train = open_data(data, "train", size, strict)
+    known = str(data) in ("scenes", "imagenette")
+    return train, open_data(data, "val", size, strict) if known or has_split(data, "val") else None
+
+def finished(
+    out:Path, # folder of the run
+    recipe:Recipe, # asked for
+    fingerprint:str, # of the images
+)->dict: # its record, or None if there is none
+    "The record of a run that is complete, weights and all. Raises `UserError` if it is one of another recipe or other images."
+    if not ((out/"record.json").exists() and (out/"last.pt").exists()): return None
+    record = read_record(out)
+    check_same_recipe(out, record["recipe"], recipe)
+    if record["data"]["fingerprint"] != fingerprint: raise UserError(f"{out} holds a finished run on other images; choose another output folder")
+    return record
+
+# %% ../nbs/16_pretrain.ipynb #e07087b5
+def pretrain_record(
+    learn:Pretraining, # after training
+    images:ImageSet, # trained on
+    fingerprint:str, # theirs
+    device:torch.device, # trained on
+    scale:str, # the run belongs to
+)->dict: # for `write_record`
+    "What a finished run says of itself."
+    rows, r = learn.curve.rows, learn.recipe
+    last = [row for row in rows if row["epoch"] > r.epochs - 1]
+    metrics = dict(loss=sum(row["loss"] for row in last)/len(last), **{k: v for k, v in rows[-1].items() if k in ("feature_std", "effective_rank", "mean_cosine", "map_entropy")})
+    monitored = [row["knn_top1"] for row in rows if "knn_top1" in row]
+    if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
+    data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
+    record = dict(kind="pretrain", scale=scale, method=r.method, seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
+                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), builds_on=[], warnings=sorted(learn.curve.warned), **environment())
+    return dict(id=run_id(record), **record)
+
+# %% ../nbs/16_pretrain.ipynb #47961c54
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
@@ -338,57 +391,7 @@ def pretrain(
         if learn.first_epoch < recipe.epochs: learn.fit(recipe.epochs)
     return write_record(out, pretrain_record(learn, images, fingerprint, device, scale))
 
-def check_positions(
-    method:Method, # to be trained
-    size:int, # of its views, pixels
-):
-    "Raises `UserError` if the feature map has a single position, so that a LEWEL method has nothing to choose between."
-    if method.aligned_criterion is None: return
-    with frozen(method): maps = method.alignment_maps(torch.zeros(1, 3, size, size))
-    if maps.shape[-1]*maps.shape[-2] == 1: raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; use a larger size or another backbone")
-
-def open_pair(
-    data, # as for `pretrain`
-    size:int, # pixels, of generated images
-    strict:bool, # stop at an unreadable image
-)->tuple: # training and validation images; the latter None if there are none
-    "The training images and, for the monitor, the validation ones."
-    if isinstance(data, ImageSet): return data, None
-    train = open_data(data, "train", size, strict)
-    known = str(data) in ("scenes", "imagenette")
-    return train, open_data(data, "val", size, strict) if known or has_split(data, "val") else None
-
-def finished(
-    out:Path, # folder of the run
-    recipe:Recipe, # asked for
-    fingerprint:str, # of the images
-)->dict: # its record, or None if there is none
-    "The record of a run that is complete, weights and all. Raises `UserError` if it is one of another recipe or other images."
-    if not ((out/"record.json").exists() and (out/"last.pt").exists()): return None
-    record = read_record(out)
-    check_same_recipe(out, record["recipe"], recipe)
-    if record["data"]["fingerprint"] != fingerprint: raise UserError(f"{out} holds a finished run on other images; choose another output folder")
-    return record
-
-def pretrain_record(
-    learn:Pretraining, # after training
-    images:ImageSet, # trained on
-    fingerprint:str, # theirs
-    device:torch.device, # trained on
-    scale:str, # the run belongs to
-)->dict: # for `write_record`
-    "What a finished run says of itself."
-    rows, r = learn.curve.rows, learn.recipe
-    last = [row for row in rows if row["epoch"] > r.epochs - 1]
-    metrics = dict(loss=sum(row["loss"] for row in last)/len(last), **{k: v for k, v in rows[-1].items() if k in ("feature_std", "effective_rank", "mean_cosine", "map_entropy")})
-    monitored = [row["knn_top1"] for row in rows if "knn_top1" in row]
-    if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
-    data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
-    record = dict(kind="pretrain", scale=scale, method=r.method, seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
-                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), builds_on=[], warnings=sorted(learn.curve.warned), **environment())
-    return dict(id=run_id(record), **record)
-
-# %% ../nbs/16_pretrain.ipynb #1ef353d8
+# %% ../nbs/16_pretrain.ipynb #73663002
 class StopAt(Callback):
     "Ask training to stop after a step, as a signal would: for tests and time budgets."
     order = 59
