@@ -28,7 +28,7 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	python tests/check_sync.py
-	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
+	ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 nbdev-test --n-workers 0
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1
 	OMP_NUM_THREADS=1 pytest -q tests
 
