@@ -6,15 +6,19 @@
 __all__ = ['Parser', 'run_command', 'add_recipe_options', 'parse_option', 'recipe_from', 'pretrain_parser', 'logger_callbacks',
            'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
 
-# %% ../nbs/21_cli.ipynb #eeeedbea
-import argparse, sys, warnings
+# %% ../nbs/21_cli.ipynb #df305a2a
+import warnings
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)   # said by a library's import to its developers, not to users of a command
+
+# %% ../nbs/21_cli.ipynb #fad51a9f
+import argparse, sys
 from dataclasses import fields
 from pathlib import Path
 from fastcore.docments import docments
 from .core import UserError, check_choice
 from .paper import Recipe, get_recipe, recipes
 
-# %% ../nbs/21_cli.ipynb #cb2b0da2
+# %% ../nbs/21_cli.ipynb #dd7723e0
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors on one line."
     def __init__(self, **kw): super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
@@ -26,9 +30,7 @@ def run_command(
     argv=None, # the arguments; None: sys.argv
 )->int: # exit code
     "Parse and act; every foreseen failure becomes one line on standard error and an exit code."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)      # what a library announces to its developers while it is imported is no message to the user
-        from lewel.pretrain import NonFiniteLoss, Stopped
+    from lewel.pretrain import NonFiniteLoss, Stopped
     try:
         action(parser.parse_args(argv))
         return 0
@@ -38,7 +40,7 @@ def run_command(
     print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
-# %% ../nbs/21_cli.ipynb #34803fdd
+# %% ../nbs/21_cli.ipynb #5ab755a0
 def add_recipe_options(
     parser:Parser, # changed in place
     without:tuple=("method", "options", "view_options"), # fields that the command treats itself
@@ -73,7 +75,7 @@ def recipe_from(
     if "lr" not in changes and "batch_size" in changes: changes["lr"] = base.lr*changes["batch_size"]/base.batch_size
     return base.changed(options=base.options | dict(parse_option(o) for o in args.option), view_options=base.view_options | dict(parse_option(o) for o in args.view_option), **changes)
 
-# %% ../nbs/21_cli.ipynb #4c5b0189
+# %% ../nbs/21_cli.ipynb #bd73a23a
 def pretrain_parser()->Parser:
     "Options of lewel-pretrain."
     p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
@@ -124,7 +126,7 @@ def pretrain_command(argv=None):
               + (f", {len(skipped)} unreadable image{'s' * (len(skipped) > 1)} skipped" if skipped else "") + f"; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 
-# %% ../nbs/21_cli.ipynb #ec4d0f25
+# %% ../nbs/21_cli.ipynb #35e67831
 def evaluate_command(argv=None):
     "lewel-evaluate"
     from lewel.evaluate.run import evaluate
@@ -142,7 +144,7 @@ def evaluate_command(argv=None):
         print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.run)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 
-# %% ../nbs/21_cli.ipynb #5d98be0a
+# %% ../nbs/21_cli.ipynb #1b100a14
 def export_command(argv=None):
     "lewel-export"
     from lewel.interop import export_backbone, export_formats
@@ -153,7 +155,7 @@ def export_command(argv=None):
     def action(a): print(export_backbone(a.run, a.out or Path(a.run)/f"backbone-{a.format}.pth", a.format))
     return run_command(p, action, argv)
 
-# %% ../nbs/21_cli.ipynb #ebc657e8
+# %% ../nbs/21_cli.ipynb #63048255
 def bench_command(argv=None):
     "lewel-bench"
     from lewel.bench import bench
