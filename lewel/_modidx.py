@@ -217,6 +217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lewel.paper.Recipe.__post_init__': ('paper.html#recipe.__post_init__', 'lewel/paper.py'),
                              'lewel.paper.Recipe.changed': ('paper.html#recipe.changed', 'lewel/paper.py'),
                              'lewel.paper._four': ('paper.html#_four', 'lewel/paper.py'),
+                             'lewel.paper.check_recipe': ('paper.html#check_recipe', 'lewel/paper.py'),
                              'lewel.paper.get_recipe': ('paper.html#get_recipe', 'lewel/paper.py'),
                              'lewel.paper.views_of': ('paper.html#views_of', 'lewel/paper.py')},
             'lewel.pretrain': { 'lewel.pretrain.Bars': ('pretrain.html#bars', 'lewel/pretrain.py'),

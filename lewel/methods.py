@@ -6,11 +6,12 @@
 __all__ = ['byol_defaults', 'mocov2_defaults', 'lewel_defaults', 'method_defaults', 'Network', 'Regression', 'Contrast', 'Losses',
            'Method', 'check_kind', 'check_options', 'create_method']
 
-# %% ../nbs/08_methods.ipynb #36330920
+# %% ../nbs/08_methods.ipynb #0cc2fdbf
 import copy, inspect
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from .core import UserError, check_choice
 from .backbones import create_backbone, num_features
@@ -18,7 +19,7 @@ from .alignment import CoupledHead, Embeddings, Head, PooledHead
 from .losses import info_nce, regression_loss
 from .target import Queue, momentum_schedule, update_average
 
-# %% ../nbs/08_methods.ipynb #e1512757
+# %% ../nbs/08_methods.ipynb #b4e9569b
 class Network(nn.Module):
     "A backbone and a head: images -> `Embeddings`."
     def __init__(self,
@@ -30,7 +31,7 @@ class Network(nn.Module):
 
     def forward(self, images): return self.head(self.backbone(images))
 
-# %% ../nbs/08_methods.ipynb #7fef7f2c
+# %% ../nbs/08_methods.ipynb #f602209d
 class Regression(nn.Module):
     "BYOL's criterion: a predictor, then 2 - 2 cos."
     def __init__(self,
@@ -43,7 +44,7 @@ class Regression(nn.Module):
     def forward(self, online, target): return regression_loss(self.predictor(online), target)
     def push(self, target): pass
 
-# %% ../nbs/08_methods.ipynb #0ad8fc52
+# %% ../nbs/08_methods.ipynb #aa914022
 class Contrast(nn.Module):
     "MoCo's criterion: InfoNCE against a queue of past keys."
     def __init__(self,
@@ -65,7 +66,7 @@ class Contrast(nn.Module):
             target = target.gather(1, pick).squeeze(1)
         self.queue.push(target)
 
-# %% ../nbs/08_methods.ipynb #18c2d1c3
+# %% ../nbs/08_methods.ipynb #549ac220
 class Losses(NamedTuple):
     "What a method returns for a pair of views; each is a sum over directions."
     loss:torch.Tensor # w global + (1 - w) aligned, with gradient
@@ -73,7 +74,7 @@ class Losses(NamedTuple):
     aligned_loss:torch.Tensor # of the aligned embeddings; 0 for a baseline
     online:Embeddings # of view 1, for diagnostics
 
-# %% ../nbs/08_methods.ipynb #36679fad
+# %% ../nbs/08_methods.ipynb #a67016ca
 class Method(nn.Module):
     "Online and target network, criteria, and the target's update (method.md sections 2 to 4)."
     def __init__(self,
@@ -103,60 +104,81 @@ class Method(nn.Module):
         if self.target_norm == "eman": self.target.eval()
         return self
 
-    @torch.no_grad()
-    def target_embeddings(self, *views):
-        "Target `Embeddings` of each view; in one batch where that changes nothing."
-        if self.target.training or len(views) == 1: return [self.target(v) for v in views]
-        both = self.target(torch.cat(views))
-        return [Embeddings(*(None if e is None else e.chunk(2)[i] for e in both)) for i in range(2)]
+# %% ../nbs/08_methods.ipynb #3548003e
+@patch
+@torch.no_grad()
+def target_embeddings(self:Method,
+    *views, # one or two, each B x 3 x H x W
+)->list: # their `Embeddings`
+    "Target embeddings of each view; in one batch where that changes nothing."
+    if self.target.training or len(views) == 1: return [self.target(v) for v in views]
+    both = self.target(torch.cat(views))
+    return [Embeddings(*(None if e is None else e.chunk(2)[i] for e in both)) for i in range(2)]
 
-    def compare(self, online, target):
-        "Global and aligned loss, each summed over the directions, of two lists of `Embeddings`."
-        directions = list(zip(online, target))
-        global_loss = sum(self.global_criterion(o.z, t.z) for o, t in directions)
-        if self.aligned_criterion is None: return global_loss, torch.zeros_like(global_loss)
-        return global_loss, sum(self.aligned_criterion(o.aligned, t.aligned) for o, t in directions)
+# %% ../nbs/08_methods.ipynb #a73a3fed
+@patch
+def compare(self:Method,
+    online:list, # `Embeddings`, one for each direction
+    target:list, # `Embeddings` of the other view
+)->tuple: # global loss; aligned loss, 0 for a baseline
+    "Global and aligned loss, each summed over the directions."
+    directions = list(zip(online, target))
+    global_loss = sum(self.global_criterion(o.z, t.z) for o, t in directions)
+    if self.aligned_criterion is None: return global_loss, torch.zeros_like(global_loss)
+    return global_loss, sum(self.aligned_criterion(o.aligned, t.aligned) for o, t in directions)
 
-    def forward(self, view1, view2):
-        targets = self.target_embeddings(view1, view2)[::-1] if self.symmetric else self.target_embeddings(view2)
-        onlines = [self.online(v) for v in ((view1, view2) if self.symmetric else (view1,))]
-        global_loss, aligned_loss = self.compare(onlines, targets)
-        if self.training:
-            for t in targets:
-                self.global_criterion.push(t.z)
-                if self.aligned_criterion is not None: self.aligned_criterion.push(t.aligned)
-        w = self.global_weight
-        return Losses(w*global_loss + (1 - w)*aligned_loss, global_loss, aligned_loss, onlines[0])
+@patch
+def forward(self:Method,
+    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view2:torch.Tensor, # the other views of the same images
+)->Losses:
+    "Losses of a batch; in training mode the queues, if there are any, take its keys."
+    targets = self.target_embeddings(view1, view2)[::-1] if self.symmetric else self.target_embeddings(view2)
+    onlines = [self.online(v) for v in ((view1, view2) if self.symmetric else (view1,))]
+    global_loss, aligned_loss = self.compare(onlines, targets)
+    for t in targets if self.training else ():
+        self.global_criterion.push(t.z)
+        if self.aligned_criterion is not None: self.aligned_criterion.push(t.aligned)
+    w = self.global_weight
+    return Losses(w*global_loss + (1 - w)*aligned_loss, global_loss, aligned_loss, onlines[0])
 
-    def momentum(self, step, total_steps):
-        "m(t)"
-        return momentum_schedule(step, total_steps, self.base_momentum) if self.cosine_momentum else self.base_momentum
+# %% ../nbs/08_methods.ipynb #efbac4ac
+@patch
+def momentum(self:Method,
+    step:int, # optimizer step, from 0
+    total_steps:int, # of the whole training
+)->float:
+    "m(t)"
+    return momentum_schedule(step, total_steps, self.base_momentum) if self.cosine_momentum else self.base_momentum
 
-    def update_target(self,
-        step:int, # optimizer step just taken, from 0
-        total_steps:int, # of the whole training
-    ):
-        "Move the target; to be called after every optimizer step that was not skipped."
-        update_average(self.target, self.online, self.momentum(step, total_steps), buffers=self.target_norm == "eman")
-        self.updates += 1
+@patch
+def update_target(self:Method,
+    step:int, # optimizer step just taken, from 0
+    total_steps:int, # of the whole training
+):
+    "Move the target; to be called after every optimizer step that was not skipped."
+    update_average(self.target, self.online, self.momentum(step, total_steps), buffers=self.target_norm == "eman")
+    self.updates += 1
 
-    @torch.no_grad()
-    def alignment_maps(self,
-        images:torch.Tensor, # B x 3 x H x W, normalized
-    )->torch.Tensor: # B x d x h x w, each sums to 1
-        "The online network's maps, in its present mode. Raises `UserError` for a method without maps."
-        features = self.backbone(images)
-        maps = self.online.head(features).maps
-        if maps is None: raise UserError("this method has no alignment maps: its head pools; use 'lewel_m' or 'lewel_b'")
-        return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
+# %% ../nbs/08_methods.ipynb #f9d1061c
+@patch
+@torch.no_grad()
+def alignment_maps(self:Method,
+    images:torch.Tensor, # B x 3 x H x W, normalized
+)->torch.Tensor: # B x d x h x w, each sums to 1
+    "The online network's maps, in its present mode. Raises `UserError` for a method without maps."
+    features = self.backbone(images)
+    maps = self.online.head(features).maps
+    if maps is None: raise UserError("this method has no alignment maps: its head pools; use 'lewel_m' or 'lewel_b'")
+    return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
-# %% ../nbs/08_methods.ipynb #7c5d85ef
+# %% ../nbs/08_methods.ipynb #7d0cf96c
 byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True)
 mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params", symmetric=False, queue_size=65536, temperature=0.2)
 lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned")
 method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults, lewel_b=byol_defaults | lewel_defaults)
 
-# %% ../nbs/08_methods.ipynb #4c76513a
+# %% ../nbs/08_methods.ipynb #4de598fe
 def check_kind(
     name:str, # an option's name
     value, # what the user gave
@@ -186,7 +208,7 @@ def check_options(
     if not o.get("temperature", 1) > 0: raise UserError(f"temperature={o['temperature']!r} must be positive")
     return o
 
-# %% ../nbs/08_methods.ipynb #036f367e
+# %% ../nbs/08_methods.ipynb #fd1b244f
 def create_method(
     name:str, # "mocov2", "lewel_m", "byol" or "lewel_b"
     backbone="resnet50", # a name (see `create_backbone`) or a module that gives a feature map
