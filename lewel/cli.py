@@ -6,11 +6,11 @@
 __all__ = ['Parser', 'run_command', 'add_recipe_options', 'parse_option', 'recipe_from', 'pretrain_parser', 'logger_callbacks',
            'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
 
-# %% ../nbs/29_cli.ipynb #80c89868
+# %% ../nbs/29_cli.ipynb #acf784f6
 import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)   # said by a library's import to its developers, not to users of a command
 
-# %% ../nbs/29_cli.ipynb #69374899
+# %% ../nbs/29_cli.ipynb #fe7d1e4b
 import argparse, sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.docments import docments
 from .core import UserError, check_choice
 from .paper import Recipe, get_recipe, recipes
 
-# %% ../nbs/29_cli.ipynb #1be4e903
+# %% ../nbs/29_cli.ipynb #2255c618
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors on one line."
     def __init__(self, **kw): super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
@@ -40,7 +40,7 @@ def run_command(
     print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
-# %% ../nbs/29_cli.ipynb #1cfe21e4
+# %% ../nbs/29_cli.ipynb #139f2646
 def add_recipe_options(
     parser:Parser, # changed in place
     without:tuple=("method", "options", "view_options"), # fields that the command treats itself
@@ -75,7 +75,7 @@ def recipe_from(
     if "lr" not in changes and "batch_size" in changes: changes["lr"] = base.lr*changes["batch_size"]/base.batch_size
     return base.changed(options=base.options | dict(parse_option(o) for o in args.option), view_options=base.view_options | dict(parse_option(o) for o in args.view_option), **changes)
 
-# %% ../nbs/29_cli.ipynb #8f51d8a4
+# %% ../nbs/29_cli.ipynb #b4a80926
 def pretrain_parser()->Parser:
     "Options of lewel-pretrain."
     p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
@@ -96,7 +96,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--logger", default="none", help="none, tensorboard or wandb, through fastai's callbacks (the package must be installed)")
     return p
 
-# %% ../nbs/29_cli.ipynb #3cd75c8a
+# %% ../nbs/29_cli.ipynb #e617414c
 def logger_callbacks(
     name:str, # "none", "tensorboard" or "wandb"
     out:Path, # the run's folder
@@ -115,7 +115,7 @@ def logger_callbacks(
     except ImportError as e: raise UserError(f"--logger {name} needs a package that is not installed ({e}): pip install {name}") from e
     return []
 
-# %% ../nbs/29_cli.ipynb #47359e89
+# %% ../nbs/29_cli.ipynb #86544918
 def pretrain_command(argv=None):
     "lewel-pretrain"
     from lewel.pretrain import pretrain
@@ -128,7 +128,7 @@ def pretrain_command(argv=None):
               + (f", {len(skipped)} unreadable image{'s' * (len(skipped) > 1)} skipped" if skipped else "") + f"; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 
-# %% ../nbs/29_cli.ipynb #b6156e39
+# %% ../nbs/29_cli.ipynb #1681798a
 def evaluate_command(argv=None):
     "lewel-evaluate"
     from lewel.evaluate.run import evaluate
@@ -146,18 +146,18 @@ def evaluate_command(argv=None):
         print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.run)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 
-# %% ../nbs/29_cli.ipynb #5756f6b3
+# %% ../nbs/29_cli.ipynb #c7ed1da5
 def export_command(argv=None):
     "lewel-export"
     from lewel.interop import export_backbone, export_formats
     p = Parser(prog="lewel-export", description="Write a run's backbone for another library.")
     p.add_argument("run", help="folder of a finished run")
     p.add_argument("--format", default="torchvision", help=f"for which library: {', '.join(export_formats)}")
-    p.add_argument("--out", default=None, help="file to write (default: RUN/backbone-FORMAT.pth)")
-    def action(a): print(export_backbone(a.run, a.out or Path(a.run)/f"backbone-{a.format}.pth", a.format))
+    p.add_argument("--out", default=None, help="file to write (default: RUN/backbone-FORMAT, with the suffix that the library expects)")
+    def action(a): print(export_backbone(a.run, a.out, a.format))
     return run_command(p, action, argv)
 
-# %% ../nbs/29_cli.ipynb #7e4c2674
+# %% ../nbs/29_cli.ipynb #80a2f9e4
 def bench_command(argv=None):
     "lewel-bench"
     from lewel.bench import bench

@@ -7,7 +7,7 @@ __all__ = ['EXTENSIONS', 'SPLITS', 'MEMORY_LIMIT', 'ImageSet', 'MemorySet', 'Unr
            'list_images', 'FolderSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_folder',
            'open_data', 'label_fraction', 'epoch_order']
 
-# %% ../nbs/01_data.ipynb #6267000b
+# %% ../nbs/01_data.ipynb #9286388d
 import copy, hashlib, itertools, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import UserError, check_choice, warn
 
-# %% ../nbs/01_data.ipynb #f7c88939
+# %% ../nbs/01_data.ipynb #07feae5f
 class ImageSet:
     "What every set has: `_rows` names the attributes that hold one entry per image; labels are None in an unlabelled set."
     _rows, _sizes = ("labels",), None
@@ -38,12 +38,12 @@ class ImageSet:
     @property
     def readable(self):
         "How many of the images can be read, as far as is known."
-        return len(self) - len(set(self.skipped).intersection(getattr(self, "paths", ())))
+        return len(self) - len(set(self.skipped).intersection(self.paths or ()))
 
-# %% ../nbs/01_data.ipynb #26107f77
+# %% ../nbs/01_data.ipynb #a55cb2a6
 class MemorySet(ImageSet):
     "Images of one size, as a tensor."
-    _rows = ("images", "labels")
+    _rows = ("images", "labels", "paths")
 
     def __init__(self,
         images:torch.Tensor, # N x 3 x H x W, uint8
@@ -51,13 +51,14 @@ class MemorySet(ImageSet):
         classes:list|None=None, # class names
         name:str="images", # what records call this set
         skipped=(), # names of the images that could not be read
+        paths:list|None=None, # where the images come from, relative to their folder; None: they were not files
     ):
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}")
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.long)
             if len(labels) != len(images): raise UserError(f"{len(labels)} labels for {len(images)} images: give one label per image")
-        self.images, self.labels, self.classes, self.name, self.skipped = images, labels, classes, name, list(skipped)
+        self.images, self.labels, self.classes, self.name, self.skipped, self.paths = images, labels, classes, name, list(skipped), paths
 
     def __len__(self): return len(self.images)
 
@@ -84,7 +85,7 @@ class MemorySet(ImageSet):
             if tensor is not None: digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #7252d244
+# %% ../nbs/01_data.ipynb #14826667
 class UnreadableImage(Exception):
     "A file that cannot be decoded; the message is the reason."
 
@@ -111,7 +112,7 @@ def decode_image(
     with _opened(path) as image: rgb = _to_rgb(ImageOps.exif_transpose(image))
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/01_data.ipynb #0794b275
+# %% ../nbs/01_data.ipynb #4d0b2430
 def image_size(
     path, # image file
 )->tuple: # (height, width) as `decode_image` would return it
@@ -119,7 +120,7 @@ def image_size(
     with _opened(path) as image: (width, height), turned = image.size, image.getexif().get(0x112, 1) >= 5
     return (width, height) if turned else (height, width)
 
-# %% ../nbs/01_data.ipynb #bdc5b99d
+# %% ../nbs/01_data.ipynb #788eee20
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 def list_images(
@@ -133,7 +134,7 @@ def list_images(
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in EXTENSIONS]
     return sorted(found)
 
-# %% ../nbs/01_data.ipynb #4964e4e1
+# %% ../nbs/01_data.ipynb #af1edfee
 class FolderSet(ImageSet):
     "Images in files, decoded when they are read. Made by `open_folder`."
     _rows = ("paths", "labels")
@@ -174,7 +175,7 @@ class FolderSet(ImageSet):
             except UnreadableImage as e: self.skip(path, e)
         raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
 
-# %% ../nbs/01_data.ipynb #13223cb6
+# %% ../nbs/01_data.ipynb #041c88c3
 @patch(as_prop=True)
 def sizes(self:FolderSet):
     "Heights and widths of the images, from the files' headers: two int64 arrays of length N; read once."
@@ -198,7 +199,7 @@ def fingerprint(
     lines = [f"{path}\t{(self.root/path).stat().st_size}\n" for path in self.paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #6d36c21a
+# %% ../nbs/01_data.ipynb #bc29a225
 def _counted(iterable, total, what):
     "Iterate, and on a terminal show how far it is."
     for i, item in enumerate(iterable, 1):
@@ -222,12 +223,12 @@ def to_memory(
             if error: self.skip(self.paths[i], error)
             else: kept.append(i)
     if not kept: raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
-    out = MemorySet(images, self.labels, self.classes, self.name, self.skipped)
+    out = MemorySet(images, self.labels, self.classes, self.name, self.skipped, self.paths)
     if len(kept) == len(self): return out
     warn(f"{len(self) - len(kept)} of {len(self)} images in {self.root} skipped: {', '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}")
     return out.subset(kept)
 
-# %% ../nbs/01_data.ipynb #0204a4f3
+# %% ../nbs/01_data.ipynb #2dc0decd
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 
 def split_folder(
@@ -248,7 +249,7 @@ def class_names(
     "The classes of a list of images: the first folder of each path."
     return sorted({p.split("/")[0] for p in paths}) if all("/" in p for p in paths) else None
 
-# %% ../nbs/01_data.ipynb #994ea30c
+# %% ../nbs/01_data.ipynb #bf89cabd
 def _check_folder(root):
     root = Path(root).expanduser()
     if not root.exists(): raise UserError(f"{root} does not exist: check the path to the images")
@@ -266,7 +267,7 @@ def _images_in(root, split):
     if len(paths) == 1: raise UserError(f"{folder} holds a single image ({paths[0]}): at least two are needed")
     return folder, paths
 
-# %% ../nbs/01_data.ipynb #2739d743
+# %% ../nbs/01_data.ipynb #9964361e
 def open_folder(
     root, # folder, in one of the three layouts
     split:str="train", # "train" or "val"
@@ -288,7 +289,7 @@ def open_folder(
     labels = torch.tensor([index[p.split("/")[0]] for p in paths])
     return FolderSet(folder, paths, labels, classes, name=root.resolve().name, strict=strict)
 
-# %% ../nbs/01_data.ipynb #407b4d41
+# %% ../nbs/01_data.ipynb #cd79862e
 MEMORY_LIMIT = 2 << 30 # bytes; larger folders are streamed
 
 def imagenette_folder()->Path:
@@ -312,7 +313,7 @@ def open_data(
     shared = folder.shared_size()
     return folder.to_memory() if shared and len(folder)*3*shared[0]*shared[1] <= MEMORY_LIMIT else folder
 
-# %% ../nbs/01_data.ipynb #ff9b41fb
+# %% ../nbs/01_data.ipynb #48e16226
 def label_fraction(
     labels, # N class indices
     fraction:float, # share of the labels to keep, in (0, 1]
@@ -327,7 +328,7 @@ def label_fraction(
         kept.append(members[:max(1, int(fraction*len(members) + 0.5))])
     return torch.from_numpy(np.sort(np.concatenate(kept)))
 
-# %% ../nbs/01_data.ipynb #7d05351d
+# %% ../nbs/01_data.ipynb #650ff735
 def epoch_order(
     n:int, # number of images
     seed:int, # the run's seed

@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'SIZES', 'SceneRecipe', 'digit_scans', 'photographs', 'draw_digits', 'draw_background', 'draw_strokes',
            'overlap', 'place_digits', 'tight_boxes', 'compose', 'Scenes', 'scenes']
 
-# %% ../nbs/02_scenes.ipynb #8a52c2b7
+# %% ../nbs/02_scenes.ipynb #0014bc3f
 from dataclasses import dataclass
 from functools import cache
 import numpy as np, torch
@@ -14,26 +14,23 @@ import torch.nn.functional as F
 from .core import UserError, check_choice
 from .data import MemorySet
 
-# %% ../nbs/02_scenes.ipynb #3786dcc7
+# %% ../nbs/02_scenes.ipynb #ae3ad787
 @dataclass(frozen=True)
 class SceneRecipe:
     "How scenes are composed; lengths are fractions of the image's side unless stated otherwise."
-    main:tuple = (0.65, 0.80) # side of the main digit
-    small:tuple = (0.15, 0.21) # side of the other digits
-    max_small:int = 2 # there are 0 to this many of them, all equally likely
+    sides:tuple = ((0.55, 0.70), (0.20, 0.30), (0.20, 0.30)) # of each digit
     rotation:float = 15. # digits are turned by up to this many degrees, either way
     shear:float = 0.15 # and sheared by up to this
     crop:tuple = (56, 120) # side of the background crop, pixels of the photograph
     contrast:tuple = (0.1, 0.3) # the background's contrast is multiplied by this
-    saturation:float = 0.2 # and its distance from gray by this
     brightness:float = 0.25 # its mean, from black 0 to white 1
     ink:tuple = (0.8, 1.) # gray of a digit's ink
     strokes:int = 2 # pieces of clutter
     stroke_length:tuple = (0.02, 0.5)
-    stroke_width:tuple = (0.02, 0.08)
-    stroke_opacity:tuple = (0.3, 0.7)
+    stroke_width:tuple = (0.02, 0.05)
+    stroke_opacity:tuple = (0.1, 0.3)
 
-# %% ../nbs/02_scenes.ipynb #c9f06562
+# %% ../nbs/02_scenes.ipynb #bb4e9a73
 SPLITS = {"train": (0, 4/6, 0., 0.6), "val": (4/6, 5/6, 0.6, 0.8), "test": (5/6, 1, 0.8, 1.)} # part of each class's scans; part of the photographs' width
 
 @cache
@@ -58,7 +55,7 @@ def photographs(
     columns = tuple(round(f*whole.shape[3]) for f in SPLITS[check_choice("split", split, SPLITS)][2:])
     return whole[..., slice(*columns)].contiguous(), columns
 
-# %% ../nbs/02_scenes.ipynb #62152088
+# %% ../nbs/02_scenes.ipynb #3f14ce38
 def draw_digits(
     scans:torch.Tensor, # B x 8 x 8, ink in [0, 1]
     places:np.ndarray, # B x 3: center x, center y, side; fractions of the image's side
@@ -74,15 +71,15 @@ def draw_digits(
     ink = F.grid_sample(scans[:, None], grid, mode="bicubic", align_corners=False)[:, 0]
     return ((ink - 0.4)*4).clamp(0, 1)
 
-# %% ../nbs/02_scenes.ipynb #a47cec80
+# %% ../nbs/02_scenes.ipynb #fe48bfa3
 def draw_background(
     photos:torch.Tensor, # 2 x 3 x height x width
     n:int, # how many
-    recipe:SceneRecipe, # its crop, contrast, saturation and brightness
+    recipe:SceneRecipe, # its crop, contrast and brightness
     rng:np.random.Generator, # where chance comes from
     size:int, # side, pixels
 )->torch.Tensor: # n x 3 x size x size in [0, 1]
-    "Random square crops of the photographs, half of them mirrored, toned down to an even brightness."
+    "Random square crops of the photographs, half of them mirrored, gray, toned down to an even brightness."
     extent, side = np.array(photos.shape[:1:-1]), rng.uniform(*recipe.crop, (n, 1))   # the extent is width, height
     center = side/2 + rng.uniform(0, 1, (n, 2))*(extent - side)
     mirror, which = rng.choice([-1, 1], n), torch.from_numpy(rng.integers(len(photos), size=n))
@@ -94,8 +91,7 @@ def draw_background(
     crops = photos.new_empty(n, 3, size, size)
     for k, photo in enumerate(photos):
         crops[which == k] = F.grid_sample(photo.expand((which == k).sum(), -1, -1, -1), grid[which == k], padding_mode="border", align_corners=False)
-    gray = crops.mean(1, keepdim=True)
-    crops = gray + recipe.saturation*(crops - gray)
+    crops = crops.mean(1, keepdim=True).expand_as(crops)
     contrast = torch.from_numpy(rng.uniform(*recipe.contrast, (n, 1, 1, 1)))
     return (recipe.brightness + contrast*(crops - crops.mean((1, 2, 3), keepdim=True))).clamp(0, 1)
 
@@ -108,15 +104,15 @@ def draw_strokes(
     n, size = len(images), images.shape[-1]
     draws = [rng.uniform(*limits, n) for limits in ((0, 1), (0, 1), (0, np.pi), recipe.stroke_length, recipe.stroke_width, recipe.stroke_opacity)]
     x, y, angle, length, width, opacity = (torch.from_numpy(d)[:, None, None] for d in draws)
-    color = torch.from_numpy(rng.uniform(0, 1, (n, 3, 1, 1)))
+    gray = torch.from_numpy(rng.uniform(0, 1, (n, 1, 1, 1)))
     at = (torch.arange(size, dtype=torch.double) + 0.5)/size
     dx, dy, ux, uy = at - x, at[:, None] - y, angle.cos(), angle.sin()                          # from the middle; direction
     along = torch.minimum(torch.maximum(dx*ux + dy*uy, -length/2), length/2)                    # nearest point of the stroke
     distance = ((dx - along*ux).square() + (dy - along*uy).square()).sqrt()
     alpha = (size*(width/2 - distance) + 0.5).clamp(0, 1)*opacity
-    images.lerp_(color, alpha[:, None])
+    images.lerp_(gray.expand_as(images), alpha[:, None])
 
-# %% ../nbs/02_scenes.ipynb #b4596279
+# %% ../nbs/02_scenes.ipynb #829c6759
 def overlap(a:np.ndarray, b:np.ndarray)->np.ndarray:
     "The area that boxes (center x, center y, side) have in common; broadcasts over all but the last axis."
     reach = (a[..., 2:] + b[..., 2:])/2 - np.abs(a[..., :2] - b[..., :2])
@@ -127,20 +123,18 @@ def place_digits(
     n:int, # how many images
     recipe:SceneRecipe, # its sides
     rng:np.random.Generator, # where chance comes from
-    tries:int=20, # places that a small digit may choose from
-)->np.ndarray: # n x (1 + max_small) x 3: center x, center y, side; the main digit comes first
+    tries:int=20, # places that a digit may choose from
+)->np.ndarray: # n x digits x 3: center x, center y, side
     "Draw the digits' boxes: inside the image, and overlapping little."
-    def draw(sides, tries):
-        side = np.broadcast_to(rng.uniform(*sides, (n, 1, 1)), (n, tries, 1))
-        return np.concatenate([side/2 + rng.uniform(0, 1, (n, tries, 2))*(1 - side), side], -1)
-    placed = draw(recipe.main, 1)
-    for _ in range(recipe.max_small):
-        places = draw(recipe.small, tries)
+    placed = np.empty((n, 0, 3))
+    for limits in recipe.sides:
+        side = np.broadcast_to(rng.uniform(*limits, (n, 1, 1)), (n, tries, 1))
+        places = np.concatenate([side/2 + rng.uniform(0, 1, (n, tries, 2))*(1 - side), side], -1)
         taken = overlap(places[:, :, None], placed[:, None]).sum(-1)
         placed = np.concatenate([placed, places[np.arange(n), taken.argmin(1)][:, None]], 1)
     return placed
 
-# %% ../nbs/02_scenes.ipynb #e571c8df
+# %% ../nbs/02_scenes.ipynb #06094631
 def tight_boxes(
     owner:torch.Tensor, # B x S x S: which object a pixel belongs to, -1 for none
     k:int, # object
@@ -152,38 +146,33 @@ def tight_boxes(
         edges += [torch.where(line, at, size).amin(1), torch.where(line, at + 1, 0).amax(1)]
     return torch.stack([edges[i] for i in (0, 2, 1, 3)], 1).float()*mine.any((1, 2))[:, None].float()
 
-# %% ../nbs/02_scenes.ipynb #8b227e34
+# %% ../nbs/02_scenes.ipynb #08311343
 def compose(
-    labels:np.ndarray, # B classes of the main digits
+    labels:np.ndarray, # B classes
     split:str, # whose scans and photographs
     recipe:SceneRecipe, # what scenes are like
     rng:np.random.Generator, # where chance comes from
     size:int, # side of the images, pixels
-)->tuple: # images B x 3 x S x S uint8, masks B x S x S uint8, boxes B x K x 4, their classes B x K (-1: no such digit)
-    "Paint scenes: background, clutter, small digits, main digit."
+)->tuple: # images B x 3 x S x S uint8, masks B x S x S uint8, boxes B x digits x 4
+    "Paint scenes: background, clutter, digits."
     scans, classes, _ = digit_scans(split)
     n, members = len(labels), [np.flatnonzero(classes == c) for c in range(10)]
     images = draw_background(photographs(split)[0], n, recipe, rng, size)
     for _ in range(recipe.strokes): draw_strokes(images, recipe, rng)
     placed, owner = place_digits(n, recipe, rng), torch.full((n, size, size), -1)
-    kinds = np.concatenate([labels[:, None], rng.integers(10, size=(n, recipe.max_small))], 1)
-    kinds[np.arange(1 + recipe.max_small) > rng.integers(recipe.max_small + 1, size=(n, 1))] = -1
-    for k in reversed(range(1 + recipe.max_small)):
-        if not len(has := np.flatnonzero(kinds[:, k] >= 0)): continue
-        chosen = [rng.choice(members[c]) for c in kinds[has, k]]
-        turn, shear = rng.uniform(-1, 1, (2, len(has)))*[[np.deg2rad(recipe.rotation)], [recipe.shear]]
-        alpha, under = draw_digits(scans[chosen], placed[has, k], turn, shear, size), images[has]
-        ink = torch.from_numpy(rng.uniform(*recipe.ink, (len(has), 1, 1, 1))).expand(-1, 3, 1, 1)
-        images[has] = under.lerp(ink, alpha[:, None])
-        owner[has] = owner[has].where(alpha <= 0.5, k)
-    kinds = torch.from_numpy(kinds)
-    masks = torch.cat([torch.zeros(n, 1, dtype=torch.long), kinds + 1], 1).gather(1, owner.flatten(1) + 1).view_as(owner)
-    boxes = torch.stack([tight_boxes(owner, k) for k in range(1 + recipe.max_small)], 1)
-    return (images.clamp(0, 1)*255).round().byte(), masks.byte(), boxes, kinds
+    for k in range(len(recipe.sides)):
+        chosen = [rng.choice(members[c]) for c in labels]
+        turn, shear = rng.uniform(-1, 1, (2, n))*[[np.deg2rad(recipe.rotation)], [recipe.shear]]
+        alpha = draw_digits(scans[chosen], placed[:, k], turn, shear, size)
+        images.lerp_(torch.from_numpy(rng.uniform(*recipe.ink, (n, 1, 1, 1))).expand_as(images), alpha[:, None])
+        owner = owner.where(alpha <= 0.5, k)
+    masks = (torch.from_numpy(labels)[:, None, None] + 1)*(owner >= 0)
+    boxes = torch.stack([tight_boxes(owner, k) for k in range(len(recipe.sides))], 1)
+    return (images.clamp(0, 1)*255).round().byte(), masks.byte(), boxes
 
-# %% ../nbs/02_scenes.ipynb #96d32296
+# %% ../nbs/02_scenes.ipynb #d3f911b6
 class Scenes(MemorySet):
-    "A `MemorySet` with `masks` (N x S x S uint8, 0 background, 1 + class), `boxes` (N tensors K x 4, the main digit's first) and `box_labels` (N tensors K)."
+    "A `MemorySet` with `masks` (N x S x S uint8, 0 background, 1 + class), `boxes` (N tensors K x 4) and `box_labels` (N tensors K)."
     _rows = ("images", "labels", "masks", "boxes", "box_labels")
 
 SIZES = {"train": 2048, "val": 512, "test": 512} # images in each split
@@ -194,7 +183,7 @@ def scenes(
     size:int=64, # side, pixels
     seed:int=0, # another seed composes other scenes, from the same scans and photographs
     recipe:SceneRecipe=SceneRecipe(), # what scenes are like
-)->Scenes: # labelled by the largest digit, classes "0" to "9"
+)->Scenes: # labelled by their digits, classes "0" to "9"
     "Generate the demonstration set; the same arguments give the same set."
     check_choice("split", split, SPLITS)
     n = SIZES[split] if n is None else n
@@ -202,8 +191,8 @@ def scenes(
     rng = np.random.default_rng(np.random.SeedSequence([seed, list(SPLITS).index(split)]))
     labels = rng.permutation(np.arange(n) % 10)
     chunks = [compose(labels[i:i + 256], split, recipe, rng, size) for i in range(0, n, 256)]
-    images, masks, boxes, kinds = (torch.cat(parts) for parts in zip(*chunks))
+    images, masks, boxes = (torch.cat(parts) for parts in zip(*chunks))
     out = Scenes(images, torch.from_numpy(labels), [str(c) for c in range(10)], f"scenes-{split}")
-    seen = (kinds >= 0) & (boxes[..., 2] > 0)
-    out.masks, out.boxes, out.box_labels = masks, [b[s] for b, s in zip(boxes, seen)], [k[s] for k, s in zip(kinds, seen)]
+    out.masks, out.boxes = masks, [b[b[:, 2] > 0] for b in boxes]            # without those that are wholly painted over
+    out.box_labels = [torch.full((len(b),), c) for b, c in zip(out.boxes, out.labels.tolist())]
     return out
