@@ -6,11 +6,11 @@
 __all__ = ['Parser', 'run_command', 'add_recipe_options', 'parse_option', 'recipe_from', 'pretrain_parser', 'logger_callbacks',
            'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
 
-# %% ../nbs/29_cli.ipynb #acf784f6
+# %% ../nbs/29_cli.ipynb #4b71b678
 import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)   # said by a library's import to its developers, not to users of a command
 
-# %% ../nbs/29_cli.ipynb #fe7d1e4b
+# %% ../nbs/29_cli.ipynb #3b32fe6b
 import argparse, sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.docments import docments
 from .core import UserError, check_choice
 from .paper import Recipe, get_recipe, recipes
 
-# %% ../nbs/29_cli.ipynb #2255c618
+# %% ../nbs/29_cli.ipynb #fde30eb6
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors on one line."
     def __init__(self, **kw): super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
@@ -40,7 +40,7 @@ def run_command(
     print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
-# %% ../nbs/29_cli.ipynb #139f2646
+# %% ../nbs/29_cli.ipynb #fa0a5421
 def add_recipe_options(
     parser:Parser, # changed in place
     without:tuple=("method", "options", "view_options"), # fields that the command treats itself
@@ -75,7 +75,7 @@ def recipe_from(
     if "lr" not in changes and "batch_size" in changes: changes["lr"] = base.lr*changes["batch_size"]/base.batch_size
     return base.changed(options=base.options | dict(parse_option(o) for o in args.option), view_options=base.view_options | dict(parse_option(o) for o in args.view_option), **changes)
 
-# %% ../nbs/29_cli.ipynb #b4a80926
+# %% ../nbs/29_cli.ipynb #e6286724
 def pretrain_parser()->Parser:
     "Options of lewel-pretrain."
     p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
@@ -96,7 +96,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--logger", default="none", help="none, tensorboard or wandb, through fastai's callbacks (the package must be installed)")
     return p
 
-# %% ../nbs/29_cli.ipynb #e617414c
+# %% ../nbs/29_cli.ipynb #78871dc7
 def logger_callbacks(
     name:str, # "none", "tensorboard" or "wandb"
     out:Path, # the run's folder
@@ -115,7 +115,7 @@ def logger_callbacks(
     except ImportError as e: raise UserError(f"--logger {name} needs a package that is not installed ({e}): pip install {name}") from e
     return []
 
-# %% ../nbs/29_cli.ipynb #86544918
+# %% ../nbs/29_cli.ipynb #2e86e394
 def pretrain_command(argv=None):
     "lewel-pretrain"
     from lewel.pretrain import pretrain
@@ -128,25 +128,27 @@ def pretrain_command(argv=None):
               + (f", {len(skipped)} unreadable image{'s' * (len(skipped) > 1)} skipped" if skipped else "") + f"; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 
-# %% ../nbs/29_cli.ipynb #1681798a
+# %% ../nbs/29_cli.ipynb #0c60fa2b
 def evaluate_command(argv=None):
     "lewel-evaluate"
-    from lewel.evaluate.run import evaluate
-    p = Parser(prog="lewel-evaluate", description="Evaluate a run's frozen backbone on labelled images and write a record.")
-    p.add_argument("run", help="folder of a finished run")
-    p.add_argument("--data", required=True, help="folder with train/ and val/, each with class folders; or 'imagenette', or 'scenes'")
-    p.add_argument("--protocol", default="knn,linear", help="which protocols, separated by commas: knn, linear")
-    p.add_argument("--preset", default="imagenette", help="settings of the linear protocol: smoke, demo, imagenette or paper (the authors')")
-    p.add_argument("--out", default=None, help="folder for the record (default: RUN/evaluation)")
+    from lewel.evaluate.run import evaluate, protocols
+    p = Parser(prog="lewel-evaluate", description="Evaluate a pretrained backbone and write a record. Called again with the same arguments it goes on where it stopped.")
+    p.add_argument("start", metavar="START", help="folder of a finished run; or a weight file (an exported backbone, a torchvision state dict, the authors' checkpoint, safetensors); or 'random'")
+    p.add_argument("--data", required=True, help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
+    p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(protocols)}")
+    p.add_argument("--preset", default="imagenette", help="settings of the protocols: smoke, demo, imagenette or paper (the authors')")
+    p.add_argument("--out", default=None, help="folder for the record (default: START/evaluation if START is a run)")
+    p.add_argument("--backbone", default=None, help="architecture that a weight file or 'random' is for (default: resnet50)")
+    p.add_argument("--size", type=int, default=None, help="pixels, for knn, linear and semi (default: the run's, or 224)")
+    p.add_argument("--seed", type=int, default=0, help="for a weight file or 'random'; a run brings its own")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of skipping it")
     def action(a):
-        if a.run == "random": raise UserError("RUN is the folder of a finished run")
-        record = evaluate(a.run, a.data, a.out, a.protocol.split(","), a.preset, device=a.device, strict=a.strict)
-        print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.run)/'evaluation'}/record.json")
+        record = evaluate(a.start, a.data, a.out, a.protocol.split(","), a.preset, a.backbone, a.size, a.seed, a.device, a.strict)
+        print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.start)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 
-# %% ../nbs/29_cli.ipynb #c7ed1da5
+# %% ../nbs/29_cli.ipynb #91dd7c14
 def export_command(argv=None):
     "lewel-export"
     from lewel.interop import export_backbone, export_formats
@@ -157,7 +159,7 @@ def export_command(argv=None):
     def action(a): print(export_backbone(a.run, a.out, a.format))
     return run_command(p, action, argv)
 
-# %% ../nbs/29_cli.ipynb #80a2f9e4
+# %% ../nbs/29_cli.ipynb #620a89a8
 def bench_command(argv=None):
     "lewel-bench"
     from lewel.bench import bench

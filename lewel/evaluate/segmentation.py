@@ -7,7 +7,7 @@ __all__ = ['SEGMENTATION', 'CHILDREN', 'MEAN_COLOR', 'SegmentationProtocol', 're
            'draw_crops', 'cut_crop', 'Crops', 'confusion', 'iou_metrics', 'predict_masks', 'judge', 'weights_digest',
            'fit_segmentation', 'evaluate_segmentation', 'mask_colors', 'show_predictions']
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #cbd36469
+# %% ../../nbs/21_evaluate_segmentation.ipynb #180fe9e5
 import copy, hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,9 +24,9 @@ from .finetune import StepSchedule, finetune, step_indices
 from .knn import frozen
 from ..masks import IGNORE, MaskSet
 from ..views import normalize
-from ..visualize import finish, new_figure, styled
+from ..visualize import finish, new_figure, save_figure, styled
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #50dba418
+# %% ../../nbs/21_evaluate_segmentation.ipynb #49bd621a
 @dataclass(frozen=True)
 class SegmentationProtocol:
     "How a network is fine-tuned for segmentation; the default is the paper's (method.md section 7)."
@@ -45,11 +45,11 @@ class SegmentationProtocol:
 
 SEGMENTATION = dict(
     paper=SegmentationProtocol(),
-    imagenette=SegmentationProtocol(steps=500, batch_size=8, lr=0.02, crop=160),
+    imagenette=SegmentationProtocol(steps=500, batch_size=8, lr=0.1, crop=160),
     demo=SegmentationProtocol(steps=500, batch_size=8, lr=0.25, output_stride=8, width=64, dilation=1, scale=(0.8, 1.25), crop=64, flip=0.),
     smoke=SegmentationProtocol(steps=20, batch_size=4, lr=0.2, output_stride=8, width=16, dilation=1, crop=48, flip=0.))
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #8830144c
+# %% ../../nbs/21_evaluate_segmentation.ipynb #4925a959
 CHILDREN = "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"
 
 def residual_blocks(
@@ -82,7 +82,7 @@ def dilate(
         stride *= block.stride
     return backbone
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #91138b68
+# %% ../../nbs/21_evaluate_segmentation.ipynb #6eb1619f
 class FCN(nn.Module):
     "A fully convolutional network: dilated backbone, head, scores at the size of the image."
     def __init__(self,
@@ -103,7 +103,7 @@ class FCN(nn.Module):
         "Scores of each class for each pixel."
         return F.interpolate(self.head(self.backbone(x)), size=x.shape[2:], mode="bilinear", align_corners=False)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #fecaff23
+# %% ../../nbs/21_evaluate_segmentation.ipynb #4b9c08bb
 def pixel_loss(
     scores:torch.Tensor, # B x classes x H x W
     masks:torch.Tensor, # B x H x W, classes and IGNORE
@@ -111,7 +111,7 @@ def pixel_loss(
     "Cross-entropy, averaged over the pixels that count; 0 if there are none."
     return F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum")/(masks != IGNORE).sum().clamp(min=1)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #9e239ff3
+# %% ../../nbs/21_evaluate_segmentation.ipynb #8926d765
 def draw_crops(
     protocol:SegmentationProtocol, # batch size, scale, flip
     seed:int, # of the evaluation
@@ -140,7 +140,7 @@ def cut_crop(
     crop[:, *target] = pair[:, *source]
     return crop.flip(2) if mirror else crop
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #6db70e62
+# %% ../../nbs/21_evaluate_segmentation.ipynb #64448b50
 class Crops:
     "The crops of a step, and those of the next one under way."
     def __init__(self,
@@ -168,7 +168,7 @@ class Crops:
         self.ahead = {step + 1: self.start(step + 1)}
         return torch.stack([f.result() for f in made])
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #dcc88af2
+# %% ../../nbs/21_evaluate_segmentation.ipynb #1dd38264
 def confusion(
     predicted:torch.Tensor, # classes, integers of any shape
     mask:torch.Tensor, # the truth, same shape; classes and IGNORE
@@ -189,7 +189,7 @@ def iou_metrics(
     iou = {c: 100*(h/u).item() for c, h, u in zip(classes, hits, union) if u > 0}
     return dict(miou=sum(iou.values())/len(iou), **{f"iou_{c}": v for c, v in iou.items()})
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #1f816ac5
+# %% ../../nbs/21_evaluate_segmentation.ipynb #28e466c6
 def predict_masks(
     model:nn.Module, # FCN
     image:torch.Tensor, # 3 x H x W, uint8
@@ -210,7 +210,7 @@ def judge(
         if index == i: counts += confusion(predict_masks(model, image), mask.to(device), classes)
     return iou_metrics(counts, test.classes)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #28f1c8b5
+# %% ../../nbs/21_evaluate_segmentation.ipynb #07ecd7cb
 def weights_digest(model)->str:
     "16 hex digits of a SHA-256 over a network's state."
     digest = hashlib.sha256()
@@ -238,7 +238,7 @@ def fit_segmentation(
     identity = f"segmentation of {train.name} {train.fingerprint()}, weights {weights_digest(model)}, seed {seed}, {asdict(protocol)}"
     return finetune(model, loss_of, optimizer, StepSchedule(protocol.steps, protocol.milestones), title, protocol.batch_size, state_file, identity)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #89b6d424
+# %% ../../nbs/21_evaluate_segmentation.ipynb #6ae79964
 def evaluate_segmentation(
     backbone:nn.Module, # a ResNet with torchvision's names; not changed
     train:MaskSet, # to fine-tune on
@@ -248,16 +248,18 @@ def evaluate_segmentation(
     device=None, # to work on; by default where the backbone is
     title:str="", # begins the lines of progress; empty: none are printed
     state_file=None, # where to keep the state, to go on after an interruption; removed in the end
+    picture=None, # PNG file to draw the first predictions into
 )->dict: # "miou" and "iou_CLASS", percent
     "Fine-tune a backbone for segmentation and judge it; raises `UserError` if the two sets have different classes."
     if train.classes != test.classes: raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; {', '.join(test.classes)}): give both splits the same list")
     model = fit_segmentation(backbone, train, protocol, seed, device, title, state_file)
     if title: print(f"{title} | judging {len(test)} images", flush=True)
     metrics = judge(model, test)
+    if picture: save_figure(show_predictions(model, test, range(min(6, len(test))), title), picture)
     if state_file: Path(state_file).unlink(missing_ok=True)
     return metrics
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #367fd332
+# %% ../../nbs/21_evaluate_segmentation.ipynb #161bd913
 def mask_colors(
     classes:list, # names
 )->np.ndarray: # one RGB row per class, in [0, 1]; the background is dark
