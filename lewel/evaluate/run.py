@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'mask_sets', 'box_sets', 'Given', 'Protocol', 'Partial', 'describe', 'evaluate']
 
-# %% ../../nbs/26_evaluate_run.ipynb #503183bf
+# %% ../../nbs/26_evaluate_run.ipynb #4604f6e3
 import json, time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..masks import open_masks
 from ..pretrain import peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
-# %% ../../nbs/26_evaluate_run.ipynb #67359733
+# %% ../../nbs/26_evaluate_run.ipynb #7d71ed76
 def evaluation_sets(
     data, # "scenes", "imagenette", a folder with train/ and val/, or a pair of labelled `ImageSet`s
     size:int, # pixels, of generated images
@@ -49,7 +49,7 @@ def box_sets(data, size:int, strict:bool=False)->tuple:
     "Training and test part of a set with boxes, see `open_boxes`; or a pair of `BoxSet`s as it is."
     return data if isinstance(data, tuple) else tuple(open_boxes(data, split, size) for split in ("train", "test"))
 
-# %% ../../nbs/26_evaluate_run.ipynb #516b8a85
+# %% ../../nbs/26_evaluate_run.ipynb #fdb775cf
 class Given(NamedTuple):
     "What a protocol may need beside backbone, images and settings."
     size:int # pixels the backbone is shown
@@ -73,7 +73,7 @@ protocols = dict(
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
     instance=Protocol(box_sets, INSTANCE, lambda b, train, test, p, given: evaluate_instance(b, train, test, p, *given[1:])))
 
-# %% ../../nbs/26_evaluate_run.ipynb #d267a71a
+# %% ../../nbs/26_evaluate_run.ipynb #6bf5c1e0
 class Partial:
     "The numbers of the protocols that are done, in a file beside the record to come."
     def __init__(self,
@@ -90,7 +90,7 @@ class Partial:
         self.done, self.seconds = self.done | {name: metrics}, self.seconds + seconds
         atomic_write(self.path, json.dumps(dict(identity=self.identity, done=self.done, seconds=self.seconds)))
 
-# %% ../../nbs/26_evaluate_run.ipynb #293b618f
+# %% ../../nbs/26_evaluate_run.ipynb #315782f3
 def describe(
     info:dict, # from `load_backbone`
     backbone, # as named by the user
@@ -132,7 +132,7 @@ def evaluate(
     if (out/"record.json").exists() and read_record(out)["id"] == identity: return read_record(out)
     net, partial = net.to(device), Partial(out, identity)
     for n in (n for n in names if n not in partial.done):
-        started, title = time.time(), f"{info['method']} seed {info['seed']} | {n}"
+        started, title = time.time(), f"{info['method']} seed {info['seed']} | {n}, scale {scale}"
         p, state_file = protocols[n], out/f"{n}.pt"
         metrics = p.run(net, *sets[p.sets], p.presets[preset], Given(size, info["seed"], device, title, state_file, out/f"{n}.png"))
         partial.add(n, metrics, time.time() - started)
