@@ -116,9 +116,11 @@ def test_evaluate_refuses(finished, labelled, flat, tmp_path, run):
     refused(run("evaluate", finished, "--data", tmp_path/"split", *out), "evaluate", tmp_path/"split", "validation")
     refused(run("evaluate", finished, "--data", tmp_path/"bare", *out), "evaluate", tmp_path/"bare", "labels")
     refused(run("evaluate", finished, "--data", tmp_path/"nowhere", *out), "evaluate", tmp_path/"nowhere")
-    refused(run("evaluate", tmp_path/"none", "--data", labelled, *out), "evaluate", tmp_path/"none", "last.pt")
+    refused(run("evaluate", tmp_path/"none", "--data", labelled, *out), "evaluate", tmp_path/"none", "nothing to start from")
+    refused(run("evaluate", "random", "--data", labelled), "evaluate", "random", "out")
     refused(run("evaluate", finished, "--data", labelled, "--protocol", "knm", *out), "evaluate", "knm", "knn")
     refused(run("evaluate", finished, "--data", labelled, "--preset", "demos", *out), "evaluate", "demos", "demo")
+    for protocol in "segmentation", "detection", "instance": refused(run("evaluate", finished, "--data", labelled, "--protocol", protocol, *out), "evaluate", labelled, "layout")
     assert not (tmp_path/"out").exists()
 
 def test_export_refuses(finished, tmp_path, run):
