@@ -7,19 +7,19 @@ __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'SCALES', 'METH
            'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record', 'read_records', 'write_curve',
            'read_curve', 'summarize', 'make_table', 'gain_table', 'conclude', 'write_table']
 
-# %% ../nbs/13_results.ipynb #a781bde3
+# %% ../nbs/13_results.ipynb #0aa18410
 import hashlib, json, math, os, platform, subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 import torch
 import lewel
 from .core import UserError, atomic_write, check_choice, warn
 
-# %% ../nbs/13_results.ipynb #71bfd5a2
+# %% ../nbs/13_results.ipynb #632e4a62
 def git_state(
     folder=Path(lewel.__file__).parent, # folder of source files
 )->dict|None: # commit and dirty flag; None if git does not track the folder's files
@@ -28,7 +28,7 @@ def git_state(
     try: return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py"))) if git("ls-files", "--", "*.py") else None
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/13_results.ipynb #a56f431e
+# %% ../nbs/13_results.ipynb #48295a99
 def cpu_model()->str: # such as "Intel(R) Xeon(R) CPU @ 2.20GHz"
     "Name of the processor, as far as the system tells."
     info = Path("/proc/cpuinfo")
@@ -47,7 +47,7 @@ def environment(
                 hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-# %% ../nbs/13_results.ipynb #cf7f2230
+# %% ../nbs/13_results.ipynb #1750c078
 IDENTITY = "kind", "scale", "method", "recipe", "seed", "builds_on"
 
 def run_id(
@@ -67,7 +67,7 @@ def check_keys(
     for k in keys:
         if k not in record: raise UserError(f"record of {record.get('method', 'a run')!r} has no {k!r}: add it before writing")
 
-# %% ../nbs/13_results.ipynb #70f30080
+# %% ../nbs/13_results.ipynb #37c6b2b2
 def plain(
     value, # nested dicts and sequences of numbers, strings and scalars of numpy or torch
     key:str="record", # where it stands, for the message
@@ -80,7 +80,7 @@ def plain(
     if value is None or isinstance(value, (str, bool, int)): return value
     raise UserError(f"{key} is a {type(value).__name__}, which a record cannot hold: use numbers, strings, lists and dicts")
 
-# %% ../nbs/13_results.ipynb #21ef147d
+# %% ../nbs/13_results.ipynb #e8d75076
 REQUIRED = "kind", "id", "scale", "method", "seed", "recipe", "metrics", "git", "versions", "hardware", "data", "seconds", "builds_on", "created"
 REQUIRED_PRETRAIN = "images_per_second", "peak_memory_mb"
 
@@ -105,7 +105,7 @@ def read_record(
     if not isinstance(record, dict) or "id" not in record: raise UserError(f"{path} is not a record of a run: repeat the run")
     return record
 
-# %% ../nbs/13_results.ipynb #f9fd351a
+# %% ../nbs/13_results.ipynb #54b092f2
 def read_records(
     root, # folder, searched with everything below it
 )->list: # records, sorted by id
@@ -116,7 +116,7 @@ def read_records(
         except UserError as e: warn(f"left out: {e}")
     return sorted(records, key=lambda r: r["id"])
 
-# %% ../nbs/13_results.ipynb #3b44e9fd
+# %% ../nbs/13_results.ipynb #e161522b
 CURVE = "step", "epoch", "loss", "global_loss", "aligned_loss", "lr", "momentum", "feature_std", "effective_rank", "mean_cosine", "map_entropy"
 
 def write_curve(
@@ -136,7 +136,7 @@ def read_curve(
     if not path.exists(): raise UserError(f"{path} does not exist: has the run started?")
     return pd.read_csv(path, float_precision="round_trip")
 
-# %% ../nbs/13_results.ipynb #d6c12682
+# %% ../nbs/13_results.ipynb #c8bc6b22
 SCALES = "smoke", "demo", "imagenette", "paper"
 METHODS = "random", "mocov2", "lewel_m", "byol", "lewel_b"
 
@@ -166,7 +166,7 @@ def summarize(
     columns = ["method", "scale", "seeds", "n", *(f"{label} {what}" for label in metrics.values() for what in ("mean", "std")), "runs"]
     return pd.DataFrame([_row(*g, groups[g], metrics) for g in order], columns=columns)
 
-# %% ../nbs/13_results.ipynb #9f5078b7
+# %% ../nbs/13_results.ipynb #8e51ba65
 TABLES = dict( # name -> metric in the records -> label
     linear=dict(knn_top1="kNN top-1", linear_top1="linear top-1", linear_top5="linear top-5"),
     semi=dict(semi1_top1="1% top-1", semi1_top5="1% top-5", semi10_top1="10% top-1", semi10_top5="10% top-5"),
@@ -180,7 +180,7 @@ def make_table(
     "One of the project's tables."
     return summarize(records, TABLES[check_choice("table", name, TABLES)])
 
-# %% ../nbs/13_results.ipynb #9f84942d
+# %% ../nbs/13_results.ipynb #d7af5aa3
 PAIRS = dict(lewel_m="mocov2", lewel_b="byol") # method -> its baseline
 
 def gain_table(
@@ -195,18 +195,18 @@ def gain_table(
             gains = pd.Series({s: v - value[baseline, s, m] for (who, s, what), v in sorted(value.items()) if (who, what) == (method, m) and (baseline, s, m) in value}, dtype=float)
             if not len(gains): continue
             n, mean = len(gains), gains.mean()
-            half = stats.t.ppf(0.975, n - 1)*gains.std(ddof=1)/n**0.5 if n > 1 else math.nan
+            half = stdtrit(n - 1, 0.975)*gains.std(ddof=1)/n**0.5 if n > 1 else math.nan
             rows.append(dict(method=method, baseline=baseline, metric=label, n=n, mean=mean, low=mean - half, high=mean + half, gains=" ".join(f"{g:+.2f}" for g in gains)))
     return pd.DataFrame(rows, columns=["method", "baseline", "metric", "n", "mean", "low", "high", "gains"])
 
 def conclude(
     gains:pd.DataFrame, # from `gain_table`
 )->list: # a sentence for each row
-    "What the gains say: only an interval without zero counts as a difference."
-    words = lambda r: "one seed says nothing about spread" if math.isnan(r.low) else "better" if r.low > 0 else "worse" if r.high < 0 else "no difference beyond the spread of seeds"
+    "What the gains say: only an interval without zero counts as a difference, and one of no width says nothing."
+    words = lambda r: "one seed says nothing about spread" if math.isnan(r.low) else "the same in every seed, which leaves no spread to judge by" if r.low == r.high else "better" if r.low > 0 else "worse" if r.high < 0 else "no difference beyond the spread of seeds"
     return [f"{r.method} over {r.baseline}, {r.metric}: {r.mean:+.2f} points" + (f", 95% interval {r.low:+.2f} to {r.high:+.2f} ({r.n} seeds)" if r.n > 1 else "") + f": {words(r)}" for r in gains.itertuples()]
 
-# %% ../nbs/13_results.ipynb #d544686b
+# %% ../nbs/13_results.ipynb #e17de75a
 def _cell(value):
     "A cell of a Markdown table: two decimals, nothing for NaN."
     if isinstance(value, float): return "" if math.isnan(value) else f"{value:.2f}"
