@@ -6,8 +6,8 @@
 __all__ = ['STYLE', 'styled', 'FORMATS', 'NOTE', 'QUANTITIES', 'new_figure', 'finish', 'method_colors', 'save_figure',
            'draw_pair', 'pick_maps', 'overlay', 'maps_of', 'show_maps', 'method_of', 'plot_curves', 'plot_table']
 
-# %% ../nbs/27_visualize.ipynb #f299e938
-import io, re
+# %% ../nbs/27_visualize.ipynb #c4749d24
+import io, re, textwrap
 from pathlib import Path
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns, torch
@@ -19,7 +19,7 @@ from .data import FolderSet, MemorySet
 from .results import METHODS
 from .views import apply_views, denormalize, draw_views, luminance
 
-# %% ../nbs/27_visualize.ipynb #6492ae9a
+# %% ../nbs/27_visualize.ipynb #a6102349
 STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=.85) | {
     "font.family": "DejaVu Sans", "axes.linewidth": .6, "grid.linewidth": .5, "lines.linewidth": .9,
     "figure.dpi": 100, "savefig.bbox": "standard", "svg.hashsalt": "lewel"}
@@ -40,17 +40,17 @@ def new_figure(
 
 def finish(
     fig:mpl.figure.Figure, # from `new_figure`, with all that belongs in it
-    caption:str="", # one line, above
+    caption:str="", # above; wrapped where it is longer than the figure is wide
     note:str="", # small print, below
 )->mpl.figure.Figure: # `fig`
     "Add the lines above and below, and fit the layout once and for all."
-    if caption: fig.suptitle(caption, fontsize=8)
+    if caption: fig.suptitle(textwrap.fill(caption, int(16*fig.get_figwidth())), fontsize=8)
     if note: fig.supxlabel(note, fontsize=6)
     for _ in range(2): fig.draw_without_rendering()
     fig.set_layout_engine("none")
     return fig
 
-# %% ../nbs/27_visualize.ipynb #9e65c1bf
+# %% ../nbs/27_visualize.ipynb #78337b4c
 def method_colors(
     names, # of methods, or whatever the lines stand for
 )->dict: # name -> RGB
@@ -60,7 +60,7 @@ def method_colors(
     colors = dict(zip((*METHODS, *others), palette + sns.husl_palette(max(0, len(METHODS) + len(others) - len(palette)))))
     return {n: colors[n] for n in dict.fromkeys(names)}
 
-# %% ../nbs/27_visualize.ipynb #149280bd
+# %% ../nbs/27_visualize.ipynb #b8f093f6
 FORMATS = ".png", ".svg"
 
 @styled
@@ -76,7 +76,7 @@ def save_figure(
     image = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     return atomic_write(path, lambda f: image.save(f, "png", dpi=(120, 120), optimize=True))
 
-# %% ../nbs/27_visualize.ipynb #f4e59931
+# %% ../nbs/27_visualize.ipynb #a7aa19b8
 def draw_pair(
     images:MemorySet|FolderSet, # the images, of any sizes
     recipes:tuple, # (ViewRecipe, ViewRecipe), such as `byol_views(64)`
@@ -91,7 +91,7 @@ def draw_pair(
         return apply_views(image[None], draw_views(recipes[v], seed, epoch, [i], v, height, width), recipes[v])
     return tuple(torch.cat([view(image, i, v) for image, i in samples]) for v in range(2))
 
-# %% ../nbs/27_visualize.ipynb #1d11b155
+# %% ../nbs/27_visualize.ipynb #f8d7f085
 def pick_maps(
     maps:torch.Tensor, # B x d x h x w, each sums to 1
     n:int, # how many, at most d
@@ -111,7 +111,7 @@ def pick_maps(
         chosen.append(int(nearest.argmin()))
     return pool[chosen].tolist()
 
-# %% ../nbs/27_visualize.ipynb #76fd7733
+# %% ../nbs/27_visualize.ipynb #05db09b7
 def overlay(
     ax:mpl.axes.Axes, # where to draw
     view:torch.Tensor, # 3 x H x W, normalized
@@ -124,7 +124,7 @@ def overlay(
     ax.imshow(enlarged, cmap="rocket", vmin=low, vmax=high, alpha=.6)
     ax.set_xlabel(f"{low*weights.numel():.2f}–{high*weights.numel():.2f}", fontsize=5.5, labelpad=1.5)
 
-# %% ../nbs/27_visualize.ipynb #7e5b4e08
+# %% ../nbs/27_visualize.ipynb #32628124
 NOTE = "Color: each map from its own minimum to its own maximum.\nNumbers: these two, relative to a uniform map (1.00)."
 
 @torch.no_grad()
@@ -158,14 +158,14 @@ def show_maps(
         for ax, title in zip(axes[0, v*(n_maps + 2):], (f"view {v + 1}", *(f"map {k}" for k in picked))): ax.set_title(title, fontsize=7, pad=2)
     return finish(fig, caption, NOTE)
 
-# %% ../nbs/27_visualize.ipynb #9c41fb5e
+# %% ../nbs/27_visualize.ipynb #4dd6d793
 def method_of(
     label:str, # of a run
 )->str: # the label without its seed
     "What the runs of several seeds have in common."
     return re.sub(r"[- ]s(eed )?\d+(-[0-9a-f]{6})?$", "", label)
 
-# %% ../nbs/27_visualize.ipynb #7fb94d38
+# %% ../nbs/27_visualize.ipynb #0ae422ba
 QUANTITIES = dict(loss="loss", knn_top1="kNN top-1, %", map_entropy="entropy of maps / uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
 
 @styled
@@ -188,7 +188,7 @@ def plot_curves(
     fig.legend(handles=[Line2D([], [], color=c, label=m) for m, c in colors.items()], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #49f03241
+# %% ../nbs/27_visualize.ipynb #99e25f86
 @styled
 def plot_table(
     df:pd.DataFrame, # from `lewel.results.make_table`
