@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'mask_sets', 'box_sets', 'Given', 'Protocol', 'Partial', 'describe', 'evaluate']
 
-# %% ../../nbs/26_evaluate_run.ipynb #4604f6e3
+# %% ../../nbs/26_evaluate_run.ipynb #a51c3a4d
 import json, time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..masks import open_masks
 from ..pretrain import peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
-# %% ../../nbs/26_evaluate_run.ipynb #7d71ed76
+# %% ../../nbs/26_evaluate_run.ipynb #1266ce0e
 def evaluation_sets(
     data, # "scenes", "imagenette", a folder with train/ and val/, or a pair of labelled `ImageSet`s
     size:int, # pixels, of generated images
@@ -49,7 +49,7 @@ def box_sets(data, size:int, strict:bool=False)->tuple:
     "Training and test part of a set with boxes, see `open_boxes`; or a pair of `BoxSet`s as it is."
     return data if isinstance(data, tuple) else tuple(open_boxes(data, split, size) for split in ("train", "test"))
 
-# %% ../../nbs/26_evaluate_run.ipynb #fdb775cf
+# %% ../../nbs/26_evaluate_run.ipynb #82fff5f7
 class Given(NamedTuple):
     "What a protocol may need beside backbone, images and settings."
     size:int # pixels the backbone is shown
@@ -73,7 +73,7 @@ protocols = dict(
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
     instance=Protocol(box_sets, INSTANCE, lambda b, train, test, p, given: evaluate_instance(b, train, test, p, *given[1:])))
 
-# %% ../../nbs/26_evaluate_run.ipynb #6bf5c1e0
+# %% ../../nbs/26_evaluate_run.ipynb #e42b4b8f
 class Partial:
     "The numbers of the protocols that are done, in a file beside the record to come."
     def __init__(self,
@@ -90,7 +90,7 @@ class Partial:
         self.done, self.seconds = self.done | {name: metrics}, self.seconds + seconds
         atomic_write(self.path, json.dumps(dict(identity=self.identity, done=self.done, seconds=self.seconds)))
 
-# %% ../../nbs/26_evaluate_run.ipynb #315782f3
+# %% ../../nbs/26_evaluate_run.ipynb #1a7996f7
 def describe(
     info:dict, # from `load_backbone`
     backbone, # as named by the user
@@ -138,8 +138,8 @@ def evaluate(
         partial.add(n, metrics, time.time() - started)
         state_file.unlink(missing_ok=True)
         print(f"{title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if isinstance(v, float) and not k.startswith("iou_")), flush=True)
-    skipped = sorted({path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ())})      # what is streamed has only now been read
-    record["data"] |= dict(n=max(len(test) for _, test in sets.values()), skipped=skipped)
+    skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
+    record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
     written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment()))
     partial.path.unlink(missing_ok=True)
     return written
