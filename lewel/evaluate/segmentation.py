@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEGMENTATION', 'CHILDREN', 'MEAN_COLOR', 'SegmentationProtocol', 'residual_blocks', 'dilate', 'FCN', 'pixel_loss',
-           'draw_crops', 'cut_crop', 'Crops', 'confusion', 'iou_metrics', 'predict_masks', 'judge', 'weights_digest',
-           'fit_segmentation', 'evaluate_segmentation', 'mask_colors', 'show_predictions']
+           'draw_crops', 'cut_crop', 'Crops', 'confusion', 'iou_metrics', 'predict_masks', 'judge', 'fit_segmentation',
+           'evaluate_segmentation', 'mask_colors', 'show_predictions']
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #180fe9e5
-import copy, hashlib
+# %% ../../nbs/21_evaluate_segmentation.ipynb #a507581b
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from ..backbones import init_weights, num_features
 from ..core import UserError
 from .finetune import StepSchedule, finetune, step_indices
 from .knn import frozen
+from ..interop import weights_fingerprint
 from ..masks import IGNORE, MaskSet
 from ..views import normalize
 from ..visualize import finish, new_figure, save_figure, styled
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #49bd621a
+# %% ../../nbs/21_evaluate_segmentation.ipynb #8dd8c05b
 @dataclass(frozen=True)
 class SegmentationProtocol:
     "How a network is fine-tuned for segmentation; the default is the paper's (method.md section 7)."
@@ -49,7 +50,7 @@ SEGMENTATION = dict(
     demo=SegmentationProtocol(steps=500, batch_size=8, lr=0.25, output_stride=8, width=64, dilation=1, scale=(0.8, 1.25), crop=64, flip=0.),
     smoke=SegmentationProtocol(steps=20, batch_size=4, lr=0.2, output_stride=8, width=16, dilation=1, crop=48, flip=0.))
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #4925a959
+# %% ../../nbs/21_evaluate_segmentation.ipynb #f32c6bf2
 CHILDREN = "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"
 
 def residual_blocks(
@@ -82,7 +83,7 @@ def dilate(
         stride *= block.stride
     return backbone
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #6eb1619f
+# %% ../../nbs/21_evaluate_segmentation.ipynb #77a32580
 class FCN(nn.Module):
     "A fully convolutional network: dilated backbone, head, scores at the size of the image."
     def __init__(self,
@@ -103,7 +104,7 @@ class FCN(nn.Module):
         "Scores of each class for each pixel."
         return F.interpolate(self.head(self.backbone(x)), size=x.shape[2:], mode="bilinear", align_corners=False)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #4b9c08bb
+# %% ../../nbs/21_evaluate_segmentation.ipynb #04305315
 def pixel_loss(
     scores:torch.Tensor, # B x classes x H x W
     masks:torch.Tensor, # B x H x W, classes and IGNORE
@@ -111,7 +112,7 @@ def pixel_loss(
     "Cross-entropy, averaged over the pixels that count; 0 if there are none."
     return F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum")/(masks != IGNORE).sum().clamp(min=1)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #8926d765
+# %% ../../nbs/21_evaluate_segmentation.ipynb #77a26b31
 def draw_crops(
     protocol:SegmentationProtocol, # batch size, scale, flip
     seed:int, # of the evaluation
@@ -140,7 +141,7 @@ def cut_crop(
     crop[:, *target] = pair[:, *source]
     return crop.flip(2) if mirror else crop
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #64448b50
+# %% ../../nbs/21_evaluate_segmentation.ipynb #0d7f86b8
 class Crops:
     "The crops of a step, and those of the next one under way."
     def __init__(self,
@@ -168,7 +169,7 @@ class Crops:
         self.ahead = {step + 1: self.start(step + 1)}
         return torch.stack([f.result() for f in made])
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #1dd38264
+# %% ../../nbs/21_evaluate_segmentation.ipynb #cd2aee10
 def confusion(
     predicted:torch.Tensor, # classes, integers of any shape
     mask:torch.Tensor, # the truth, same shape; classes and IGNORE
@@ -189,7 +190,7 @@ def iou_metrics(
     iou = {c: 100*(h/u).item() for c, h, u in zip(classes, hits, union) if u > 0}
     return dict(miou=sum(iou.values())/len(iou), **{f"iou_{c}": v for c, v in iou.items()})
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #28e466c6
+# %% ../../nbs/21_evaluate_segmentation.ipynb #be5458f8
 def predict_masks(
     model:nn.Module, # FCN
     image:torch.Tensor, # 3 x H x W, uint8
@@ -210,13 +211,7 @@ def judge(
         if index == i: counts += confusion(predict_masks(model, image), mask.to(device), classes)
     return iou_metrics(counts, test.classes)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #07ecd7cb
-def weights_digest(model)->str:
-    "16 hex digits of a SHA-256 over a network's state."
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items(): digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
+# %% ../../nbs/21_evaluate_segmentation.ipynb #f8adc0ba
 def fit_segmentation(
     backbone:nn.Module, # a ResNet with torchvision's names; not changed
     train:MaskSet, # to fine-tune on
@@ -235,10 +230,10 @@ def fit_segmentation(
     def loss_of(step):
         batch = crops(step).to(device)
         return pixel_loss(model(normalize(batch[:, :3].float().div_(255))), batch[:, 3])
-    identity = f"segmentation of {train.name} {train.fingerprint()}, weights {weights_digest(model)}, seed {seed}, {asdict(protocol)}"
+    identity = f"segmentation of {train.name} {train.fingerprint()}, weights {weights_fingerprint(model)}, seed {seed}, {asdict(protocol)}"
     return finetune(model, loss_of, optimizer, StepSchedule(protocol.steps, protocol.milestones), title, protocol.batch_size, state_file, identity)
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #6ae79964
+# %% ../../nbs/21_evaluate_segmentation.ipynb #73f00e11
 def evaluate_segmentation(
     backbone:nn.Module, # a ResNet with torchvision's names; not changed
     train:MaskSet, # to fine-tune on
@@ -259,7 +254,7 @@ def evaluate_segmentation(
     if state_file: Path(state_file).unlink(missing_ok=True)
     return metrics
 
-# %% ../../nbs/21_evaluate_segmentation.ipynb #161bd913
+# %% ../../nbs/21_evaluate_segmentation.ipynb #824766ab
 def mask_colors(
     classes:list, # names
 )->np.ndarray: # one RGB row per class, in [0, 1]; the background is dark

@@ -6,7 +6,7 @@
 __all__ = ['SEMI', 'Part', 'SemiProtocol', 'listed_images', 'labelled_part', 'classifier_on', 'optimizer_for', 'batches_from',
            'batch_loss', 'fit_part', 'classify', 'evaluate_semi']
 
-# %% ../../nbs/19_evaluate_semi.ipynb #da74389e
+# %% ../../nbs/19_evaluate_semi.ipynb #29cfda72
 import copy, hashlib
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .knn import center_batches, check_labels, frozen, topk_accuracy
 from ..interop import weights_fingerprint
 from ..views import ViewLoader, ViewRecipe, normalize
 
-# %% ../../nbs/19_evaluate_semi.ipynb #1de061db
+# %% ../../nbs/19_evaluate_semi.ipynb #7a57799b
 @dataclass(frozen=True)
 class Part:
     "How many labels, and the learning rates that go with them."
@@ -53,7 +53,7 @@ SEMI = dict(
     demo=SemiProtocol((Part(0.01, 0.1, 0.02), Part(0.1, 0.1, 0.02, epochs=40)), batch_size=32, area=(0.5, 1.), flip=0.),
     smoke=SemiProtocol((Part(0.01, 0.01, 0.01, epochs=5), Part(0.1, 0.01, 0.01, epochs=2)), batch_size=16))
 
-# %% ../../nbs/19_evaluate_semi.ipynb #bef788d1
+# %% ../../nbs/19_evaluate_semi.ipynb #f00e5378
 def listed_images(
     file, # text file of image names, one a line: file names or paths relative to the set's folder
     images:ImageSet, # read from files
@@ -72,7 +72,7 @@ def listed_images(
     if not found: raise UserError(f"{file} names no image")
     return torch.tensor(sorted(found))
 
-# %% ../../nbs/19_evaluate_semi.ipynb #883705e3
+# %% ../../nbs/19_evaluate_semi.ipynb #7a324a32
 def labelled_part(
     images:ImageSet, # all of the training images
     part:Part, # how many, or which
@@ -84,7 +84,7 @@ def labelled_part(
     check_labels(some, f"the {part.percent}% of images with labels")
     return some
 
-# %% ../../nbs/19_evaluate_semi.ipynb #3a815187
+# %% ../../nbs/19_evaluate_semi.ipynb #609d6f05
 def classifier_on(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; copied
     classes:int, # number of them
@@ -105,7 +105,7 @@ def optimizer_for(
     groups = [dict(params=model.backbone.parameters(), lr=part.backbone_lr), dict(params=model.classifier.parameters(), lr=part.classifier_lr)]
     return torch.optim.SGD(groups, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
 
-# %% ../../nbs/19_evaluate_semi.ipynb #e15c05b5
+# %% ../../nbs/19_evaluate_semi.ipynb #0b1435d8
 def batches_from(
     loader:ViewLoader, # of one view
     step:int, # the first one wanted, counted from 0 over all the epochs
@@ -137,7 +137,7 @@ def batch_loss(
         return F.cross_entropy(model(views), labels[indices.to(device)])
     return loss_of, len(loader)
 
-# %% ../../nbs/19_evaluate_semi.ipynb #305e8d5f
+# %% ../../nbs/19_evaluate_semi.ipynb #12f42170
 def fit_part(
     backbone:nn.Module, # where training starts; not changed
     images:ImageSet, # the labelled ones
@@ -159,6 +159,7 @@ def fit_part(
     batch_size = min(protocol.batch_size, len(images))
     return finetune(model, loss_of, optimizer_for(model, part, protocol), schedule, title, batch_size, state_file, f"semi {part.percent}% {digest}")
 
+# %% ../../nbs/19_evaluate_semi.ipynb #37c1caea
 def classify(
     model:nn.Module, # B x 3 x size x size -> B x classes
     images:ImageSet, # labelled
@@ -173,6 +174,7 @@ def classify(
             scores.append(model(normalize(views.to(device).float().div_(255))).float().cpu()); indices.append(part)
     return topk_accuracy(torch.cat(scores), images.labels.cpu()[torch.cat(indices)])
 
+# %% ../../nbs/19_evaluate_semi.ipynb #c80462e8
 def evaluate_semi(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
     train:ImageSet, # labelled; a part of the labels is used
