@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['head_parts', 'official_parts', 'detectron2_parts', 'exporters', 'export_formats', 'official_names', 'read_weights',
            'check_tensors', 'state_tensors', 'load_official', 'optional', 'read_safetensors', 'weights_fingerprint',
-           'fill_backbone', 'load_backbone', 'run_backbone', 'detectron2_name', 'torch_file', 'detectron2_file',
-           'safetensors_file', 'export_backbone', 'fits_torchvision']
+           'fill_backbone', 'load_backbone', 'run_backbone', 'supervised_backbone', 'detectron2_name', 'torch_file',
+           'detectron2_file', 'safetensors_file', 'export_backbone', 'fits_torchvision']
 
-# %% ../nbs/10_interop.ipynb #b5f0e5a7
+# %% ../nbs/10_interop.ipynb #28b12e8d
 import hashlib, importlib, pickle
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from torchvision import models
 from .core import UserError, atomic_write, check_choice
 from .backbones import create_backbone, resnets
 
-# %% ../nbs/10_interop.ipynb #af1c918b
+# %% ../nbs/10_interop.ipynb #210b3449
 head_parts = {"hidden.": "mlp.0.", "norm.": "mlp.1.", "out.": "mlp.3."}
 official_parts = {"online.": "online_net.", "target.": "target_net.", "head.g.": "neck.proj.", "head.p.": "neck.proj_obj.",
                   "global_criterion.predictor.": "predictor.", "aligned_criterion.predictor.": "predictor_obj."}
@@ -33,7 +33,7 @@ def official_names(
         if ours != "updates": names[theirs] = ours
     return names
 
-# %% ../nbs/10_interop.ipynb #1196f69c
+# %% ../nbs/10_interop.ipynb #13bd7bdb
 def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
@@ -76,7 +76,7 @@ def load_official(
     method.load_state_dict({n: state[k] for k, n in names.items()} | {"updates": own["updates"]})
     return method
 
-# %% ../nbs/10_interop.ipynb #5df62909
+# %% ../nbs/10_interop.ipynb #d2d9749f
 def optional(
     module:str, # of a package that is not among this library's dependencies
 ): # the module
@@ -100,7 +100,7 @@ def weights_fingerprint(
     for name, tensor in module.state_dict().items(): digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/10_interop.ipynb #a3088e09
+# %% ../nbs/10_interop.ipynb #78b950c9
 def fill_backbone(
     backbone:nn.Module, # changed in place
     path, # weight file
@@ -138,11 +138,21 @@ def run_backbone(
 )->tuple: # (backbone, dict: method, seed, size, builds_on)
     "The online backbone of a finished run. Raises `UserError`."
     from lewel.checkpoint import load_run           # which needs this module
+    if (Path(run)/"backbone.pth").exists() and not (Path(run)/"last.pt").exists(): return supervised_backbone(run)
     method, recipe, record = load_run(run, backbone if isinstance(backbone, nn.Module) else None)
     if isinstance(backbone, str) and backbone != recipe.backbone: raise UserError(f"the run in {run} has the backbone {recipe.backbone}, not {backbone}: leave the backbone out")
-    return method.backbone, dict(method=recipe.method, seed=recipe.seed, size=recipe.size, builds_on=[record["id"]])
+    return method.backbone, dict(method=recipe.method, backbone=recipe.backbone, seed=recipe.seed, size=recipe.size, builds_on=[record["id"]])
 
-# %% ../nbs/10_interop.ipynb #ea915cda
+def supervised_backbone(
+    run, # folder of a finished run of `lewel.evaluate.semi.train_supervised`
+)->tuple: # as `run_backbone`
+    "The backbone of a network that was trained with labels. Raises `UserError`."
+    from lewel.results import read_record
+    record = read_record(run)
+    r = record["recipe"]
+    return fill_backbone(create_backbone(r["backbone"]).eval(), Path(run)/"backbone.pth"), dict(method=record["method"], backbone=r["backbone"], seed=record["seed"], size=r["size"], builds_on=[record["id"]])
+
+# %% ../nbs/10_interop.ipynb #2889e12b
 detectron2_parts = {f"layer{i}.": f"res{i + 1}." for i in range(1, 5)} | {f"bn{i}.": f"conv{i}.norm." for i in range(1, 4)} | {"downsample.0.": "shortcut.", "downsample.1.": "shortcut.norm."}
 
 def detectron2_name(
@@ -169,7 +179,7 @@ def safetensors_file(state):
 exporters = dict(torchvision=(".pth", torch_file), timm=(".pth", torch_file), detectron2=(".pkl", detectron2_file), safetensors=(".safetensors", safetensors_file))
 export_formats = tuple(exporters)
 
-# %% ../nbs/10_interop.ipynb #66a85db6
+# %% ../nbs/10_interop.ipynb #523e112a
 def export_backbone(
     method, # folder of a finished run, a method (see `lewel.methods`), or its backbone; of one of torchvision's ResNets unless it goes to safetensors
     path=None, # the file to write; in a run's folder by default

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'mask_sets', 'box_sets', 'Given', 'Protocol', 'Partial', 'describe', 'evaluate']
 
-# %% ../../nbs/26_evaluate_run.ipynb #eb572817
+# %% ../../nbs/26_evaluate_run.ipynb #9a9ce4f6
 import json, time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +22,10 @@ from .segmentation import SEGMENTATION, evaluate_segmentation
 from .semi import SEMI, evaluate_semi
 from ..interop import load_backbone
 from ..masks import open_masks
-from ..pretrain import peak_memory_mb, pick_device
+from ..pretrain import Stopped, overdue, peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
-# %% ../../nbs/26_evaluate_run.ipynb #6b79434c
+# %% ../../nbs/26_evaluate_run.ipynb #9b3b9a4d
 def evaluation_sets(
     data, # "scenes", "imagenette", a folder with train/ and val/, or a pair of labelled `ImageSet`s
     size:int, # pixels, of generated images
@@ -49,7 +49,7 @@ def box_sets(data, size:int, strict:bool=False)->tuple:
     "Training and test part of a set with boxes, see `open_boxes`; or a pair of `BoxSet`s as it is."
     return data if isinstance(data, tuple) else tuple(open_boxes(data, split, size) for split in ("train", "test"))
 
-# %% ../../nbs/26_evaluate_run.ipynb #519d728e
+# %% ../../nbs/26_evaluate_run.ipynb #ef6fe625
 class Given(NamedTuple):
     "What a protocol may need beside backbone, images and settings."
     size:int # pixels the backbone is shown
@@ -73,24 +73,24 @@ protocols = dict(
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
     instance=Protocol(box_sets, INSTANCE, lambda b, train, test, p, given: evaluate_instance(b, train, test, p, *given[1:])))
 
-# %% ../../nbs/26_evaluate_run.ipynb #4717803c
+# %% ../../nbs/26_evaluate_run.ipynb #c9048cb9
 class Partial:
     "The numbers of the protocols that are done, in a file beside the record to come."
     def __init__(self,
         folder:Path, # where the record will be
         identity:str, # of the record to come; the numbers of another are not taken over
     ):
-        self.path, self.identity, self.done, self.seconds = folder/"partial.json", identity, {}, 0.
+        self.path, self.identity, self.done, self.seconds = folder/"partial.json", identity, {}, {}
         if not self.path.exists(): return
         saved = json.loads(self.path.read_text())
         if saved["identity"] == identity: self.done, self.seconds = saved["done"], saved["seconds"]
 
     def add(self, name, metrics, seconds):
         "Keep the numbers of a protocol."
-        self.done, self.seconds = self.done | {name: metrics}, self.seconds + seconds
+        self.done, self.seconds = self.done | {name: metrics}, self.seconds | {name: seconds}
         atomic_write(self.path, json.dumps(dict(identity=self.identity, done=self.done, seconds=self.seconds)))
 
-# %% ../../nbs/26_evaluate_run.ipynb #7a23e01b
+# %% ../../nbs/26_evaluate_run.ipynb #cf00ad1f
 def describe(
     info:dict, # from `load_backbone`
     backbone, # as named by the user
@@ -106,7 +106,7 @@ def describe(
     data = dict(name=" + ".join(dict.fromkeys(test.name for _, test in sets.values())), fingerprint=" ".join(part.fingerprint() for pair in sets.values() for part in pair))
     return dict(kind="evaluation", scale=scale, method=info["method"], seed=info["seed"], recipe=recipe, builds_on=info["builds_on"], data=data)
 
-# %% ../../nbs/26_evaluate_run.ipynb #d7fd4c3a
+# %% ../../nbs/26_evaluate_run.ipynb #1630c97b
 def evaluate(
     start, # folder of a finished run, a weight file (see `load_backbone`), or "random"
     data, # "scenes", or a folder in a layout that the protocols can read; or a pair (train, test) of sets
@@ -138,9 +138,10 @@ def evaluate(
         metrics = p.run(net, *sets[p.sets], p.presets[preset], Given(size, info["seed"], device, title, state_file, out/f"{n}.png"))
         partial.add(n, metrics, time.time() - started)
         state_file.unlink(missing_ok=True)
+        if overdue: raise Stopped(overdue[0], partial.path)
         print(f"{title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if isinstance(v, float) and not k.startswith("iou_")), flush=True)
     skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
     record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
-    written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment()))
+    written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment()))
     partial.path.unlink(missing_ok=True)
     return written
