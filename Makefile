@@ -1,16 +1,20 @@
-# reproduce: rerun the experiments of a scale · test: everything that must hold · bench: how fast, side by side · readme: README.md from its notebook
+# reproduce: rerun the experiments of a scale · test: everything that must hold · verify: results follow from the records · bench: how fast, side by side · readme: README.md from its notebook
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
-# SCALE=demo SEEDS=3 DEVICE=cpu override settings.ini
-export LEWEL_SCALE  := $(SCALE)
-export LEWEL_SEEDS  := $(SEEDS)
-export LEWEL_DEVICE := $(DEVICE)
+# SCALE=demo SEEDS=3 DENSE_SEEDS=1 ABLATION_SEEDS=1 DEVICE=cpu MAX_MINUTES=60 override settings.ini; DRY_RUN=1 only prints the plan
+export LEWEL_SCALE          := $(or $(SCALE),$(LEWEL_SCALE))
+export LEWEL_SEEDS          := $(or $(SEEDS),$(LEWEL_SEEDS))
+export LEWEL_DENSE_SEEDS    := $(or $(DENSE_SEEDS),$(LEWEL_DENSE_SEEDS))
+export LEWEL_ABLATION_SEEDS := $(or $(ABLATION_SEEDS),$(LEWEL_ABLATION_SEEDS))
+export LEWEL_DEVICE         := $(or $(DEVICE),$(LEWEL_DEVICE))
+export LEWEL_MAX_MINUTES    := $(or $(MAX_MINUTES),$(LEWEL_MAX_MINUTES))
+export LEWEL_DRY_RUN        := $(or $(DRY_RUN),$(LEWEL_DRY_RUN))
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 
-.PHONY: reproduce test bench readme clean
+.PHONY: reproduce test verify bench readme clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,14 +27,17 @@ $(VENV)/bench: $(VENV)/installed
 	touch $@
 
 reproduce: $(VENV)/installed
-	@snakemake --snakefile experiments/Snakefile --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete --rerun-triggers mtime input params --quiet rules progress host
-	@python experiments/show.py
+	@python experiments/reproduce.py --cores $(CORES) --resources gpu=$(GPUS) $(SNAKEMAKE)
 
 test: $(VENV)/installed
 	python tests/check_sync.py
 	ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 nbdev-test --n-workers 0
-	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1
+	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
 	OMP_NUM_THREADS=1 pytest -q tests
+	@$(MAKE) --no-print-directory verify
+
+verify: $(VENV)/installed
+	python experiments/verify.py
 
 bench: $(VENV)/bench
 	lewel-bench

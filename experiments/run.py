@@ -1,11 +1,15 @@
-"Run an experiment notebook: run.py NOTEBOOK EXECUTED-COPY NAME=VALUE ...; parameters are checked before anything starts."
+"""Run an experiment notebook; its parameters are checked before anything starts.
+
+run.py NOTEBOOK EXECUTED-COPY NAME=VALUE ...                             a table or a figure
+run.py NOTEBOOK EXECUTED-COPY MARK [--needs FOLDER] NAME=VALUE ...       a job: MARK is left when it is over, failed or not"""
 import sys
 from papermill.exceptions import PapermillExecutionError
 from lewel.cli import parse_option
 from lewel.core import UserError
-from lewel.experiments import run_notebook
+from lewel.experiments import run_job, run_notebook
 
 if __name__ == "__main__":
-    try: run_notebook(*sys.argv[1:3], **dict(parse_option(o) for o in sys.argv[3:]))
+    places, parameters = [a for a in sys.argv[1:] if "=" not in a and a != "--needs"], dict(parse_option(a) for a in sys.argv[1:] if "=" in a)
+    try: (run_notebook if len(places) == 2 else run_job)(*places, **parameters)
     except UserError as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except PapermillExecutionError as e: sys.exit(f"{sys.argv[1]} failed: {e.ename}: {e.evalue} (see {sys.argv[2]})")
+    except PapermillExecutionError as e: sys.exit(f"{places[0]} failed: {e.ename}: {e.evalue} (see {places[1]})")

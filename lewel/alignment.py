@@ -6,7 +6,7 @@
 __all__ = ['aggregations', 'Head', 'to_tokens', 'alignment_maps', 'aggregate', 'project_first', 'aligned_hidden', 'Embeddings',
            'PooledHead', 'CoupledHead']
 
-# %% ../nbs/05_alignment.ipynb #b71b06a9
+# %% ../nbs/05_alignment.ipynb #16268c90
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import nn
 from .core import UserError, check_choice
 from .backbones import init_weights
 
-# %% ../nbs/05_alignment.ipynb #40b999ab
+# %% ../nbs/05_alignment.ipynb #8cb54a57
 class Head(nn.Module):
     "A two-layer MLP over tokens (..., dim_in) -> (..., dim_out); BatchNorm's statistics run over all the tokens (method.md section 2)."
     def __init__(self,
@@ -36,22 +36,23 @@ class Head(nn.Module):
         flat = F.relu(self.norm(hidden.flatten(0, -2)), inplace=True)
         return self.out(flat).unflatten(0, hidden.shape[:-1])
 
-# %% ../nbs/05_alignment.ipynb #093bca3a
+# %% ../nbs/05_alignment.ipynb #1132b8ec
 def to_tokens(
     features:torch.Tensor, # B x C x h x w
 )->torch.Tensor: # B x N x C, N = h w, row by row
     "The pixels of a feature map as tokens."
     return features.permute(0, 2, 3, 1).flatten(1, 2)
 
-# %% ../nbs/05_alignment.ipynb #509cde1f
+# %% ../nbs/05_alignment.ipynb #84843215
 def alignment_maps(
     projections:torch.Tensor, # B x N x d: the head's output at each of N positions
     scale:float=1.0, # s, the temperature
+    normalize:bool=True, # scale each projection to unit length first
 )->torch.Tensor: # B x N x d; over the N positions each of the d maps sums to 1
     "Softmax over positions of the l2-normalized per-pixel projections (method.md section 2, step 3)."
-    return (F.normalize(projections, dim=-1)/scale).softmax(dim=1)
+    return ((F.normalize(projections, dim=-1) if normalize else projections)/scale).softmax(dim=1)
 
-# %% ../nbs/05_alignment.ipynb #bfb33c79
+# %% ../nbs/05_alignment.ipynb #d132b181
 def aggregate(
     features:torch.Tensor, # B x N x C: feature map as tokens
     maps:torch.Tensor, # B x N x d: alignment maps
@@ -62,7 +63,7 @@ def aggregate(
     W_m = maps.unflatten(-1, (groups, -1)).permute(0, 2, 3, 1)            # B x h x d/h x N
     return (W_m @ F_m).transpose(1, 2).flatten(2)
 
-# %% ../nbs/05_alignment.ipynb #7f662f45
+# %% ../nbs/05_alignment.ipynb #e4c54803
 def project_first(
     positions:int, # N
     channels:int, # C
@@ -91,14 +92,14 @@ def aligned_hidden(
     out = torch.bmm(weights, projected)
     return out if layer.bias is None else out + layer.bias
 
-# %% ../nbs/05_alignment.ipynb #6ea486a4
+# %% ../nbs/05_alignment.ipynb #dcf6ac5d
 class Embeddings(NamedTuple):
     "What a network says of a view."
     z:torch.Tensor # B x d: the global embedding
     aligned:torch.Tensor=None # B x d/h x d: the aligned embeddings z_k; None for a pooled head
     maps:torch.Tensor=None # B x N x d: the alignment maps; None for a pooled head
 
-# %% ../nbs/05_alignment.ipynb #e44589bb
+# %% ../nbs/05_alignment.ipynb #9273f894
 class PooledHead(nn.Module):
     "The head of BYOL and MoCo: project the average over space."
     def __init__(self,
@@ -112,7 +113,7 @@ class PooledHead(nn.Module):
 
     def forward(self, features): return Embeddings(self.g(features.mean((2, 3))))
 
-# %% ../nbs/05_alignment.ipynb #951838c9
+# %% ../nbs/05_alignment.ipynb #9fd2ad4e
 aggregations = "learned", "uniform", "random"
 
 class CoupledHead(nn.Module):
@@ -126,12 +127,13 @@ class CoupledHead(nn.Module):
         scale:float=1.0, # s, temperature of the maps
         coupled:bool=True, # one g for the global embedding and the maps; False: the maps have a head of their own
         aggregation:str="learned", # "learned", "uniform" or "random" maps
+        normalize:bool=True, # l2-normalize the per-pixel projections
     ):
         super().__init__()
         for what, n in ("feature channels", channels), ("embedding dimensions", dim):
             if groups < 1 or n % groups: raise UserError(f"groups={groups} does not divide the {n} {what}; choose a divisor of both {channels} and {dim}")
         if not scale > 0: raise UserError(f"scale={scale} must be positive")
-        self.groups, self.scale, self.aggregation = groups, scale, check_choice("aggregation", aggregation, aggregations)
+        self.groups, self.scale, self.normalize, self.aggregation = groups, scale, normalize, check_choice("aggregation", aggregation, aggregations)
         self.g, self.p = (Head(channels, hidden_dim, dim, norm) for _ in range(2))
         self.g_maps = None if coupled else Head(channels, hidden_dim, dim, norm)
 
@@ -145,7 +147,7 @@ class CoupledHead(nn.Module):
     def maps(self, v):
         "The alignment maps B x N x d of per-pixel projections."
         if self.aggregation == "uniform": return torch.full_like(v, 1/v.shape[1])
-        return alignment_maps(torch.randn_like(v) if self.aggregation == "random" else v, self.scale)
+        return alignment_maps(torch.randn_like(v) if self.aggregation == "random" else v, self.scale, self.normalize)
 
     def forward(self, features):
         tokens = to_tokens(features)

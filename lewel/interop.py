@@ -6,9 +6,9 @@
 __all__ = ['head_parts', 'official_parts', 'detectron2_parts', 'exporters', 'export_formats', 'official_names', 'read_weights',
            'check_tensors', 'state_tensors', 'load_official', 'optional', 'read_safetensors', 'weights_fingerprint',
            'fill_backbone', 'load_backbone', 'run_backbone', 'supervised_backbone', 'detectron2_name', 'torch_file',
-           'detectron2_file', 'safetensors_file', 'export_backbone', 'fits_torchvision']
+           'detectron2_file', 'safetensors_file', 'export_backbone', 'fits_torchvision', 'model_card']
 
-# %% ../nbs/10_interop.ipynb #28b12e8d
+# %% ../nbs/10_interop.ipynb #da4cb257
 import hashlib, importlib, pickle
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from torchvision import models
 from .core import UserError, atomic_write, check_choice
 from .backbones import create_backbone, resnets
 
-# %% ../nbs/10_interop.ipynb #210b3449
+# %% ../nbs/10_interop.ipynb #a45b891b
 head_parts = {"hidden.": "mlp.0.", "norm.": "mlp.1.", "out.": "mlp.3."}
 official_parts = {"online.": "online_net.", "target.": "target_net.", "head.g.": "neck.proj.", "head.p.": "neck.proj_obj.",
                   "global_criterion.predictor.": "predictor.", "aligned_criterion.predictor.": "predictor_obj."}
@@ -33,7 +33,7 @@ def official_names(
         if ours != "updates": names[theirs] = ours
     return names
 
-# %% ../nbs/10_interop.ipynb #13bd7bdb
+# %% ../nbs/10_interop.ipynb #cb24322b
 def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
@@ -76,7 +76,7 @@ def load_official(
     method.load_state_dict({n: state[k] for k, n in names.items()} | {"updates": own["updates"]})
     return method
 
-# %% ../nbs/10_interop.ipynb #d2d9749f
+# %% ../nbs/10_interop.ipynb #48fd1fdc
 def optional(
     module:str, # of a package that is not among this library's dependencies
 ): # the module
@@ -100,7 +100,7 @@ def weights_fingerprint(
     for name, tensor in module.state_dict().items(): digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/10_interop.ipynb #78b950c9
+# %% ../nbs/10_interop.ipynb #45343ae8
 def fill_backbone(
     backbone:nn.Module, # changed in place
     path, # weight file
@@ -152,7 +152,7 @@ def supervised_backbone(
     r = record["recipe"]
     return fill_backbone(create_backbone(r["backbone"]).eval(), Path(run)/"backbone.pth"), dict(method=record["method"], backbone=r["backbone"], seed=record["seed"], size=r["size"], builds_on=[record["id"]])
 
-# %% ../nbs/10_interop.ipynb #2889e12b
+# %% ../nbs/10_interop.ipynb #1c43cd85
 detectron2_parts = {f"layer{i}.": f"res{i + 1}." for i in range(1, 5)} | {f"bn{i}.": f"conv{i}.norm." for i in range(1, 4)} | {"downsample.0.": "shortcut.", "downsample.1.": "shortcut.norm."}
 
 def detectron2_name(
@@ -179,18 +179,20 @@ def safetensors_file(state):
 exporters = dict(torchvision=(".pth", torch_file), timm=(".pth", torch_file), detectron2=(".pkl", detectron2_file), safetensors=(".safetensors", safetensors_file))
 export_formats = tuple(exporters)
 
-# %% ../nbs/10_interop.ipynb #523e112a
+# %% ../nbs/10_interop.ipynb #debc4ad3
 def export_backbone(
     method, # folder of a finished run, a method (see `lewel.methods`), or its backbone; of one of torchvision's ResNets unless it goes to safetensors
     path=None, # the file to write; in a run's folder by default
     format:str="torchvision", # the library it is for, one of `export_formats`
 )->Path: # the file
-    "Write the online backbone's weights for another library. Raises `UserError` for a backbone that this library does not have."
+    "Write the online backbone's weights for another library; those of a run with a model card beside them. Raises `UserError` for a backbone that this library does not have."
     suffix, content = exporters[check_choice("format", format, export_formats)]
-    if isinstance(method, (str, Path)): path, method = path or Path(method)/f"backbone-{format}{suffix}", run_backbone(method)[0]
+    run = Path(method) if isinstance(method, (str, Path)) else None
+    if run: path, method = path or run/f"backbone-{format}{suffix}", run_backbone(run)[0]
     state = {k: v.detach().cpu().contiguous() for k, v in getattr(method, "backbone", method).state_dict().items()}
     if format != "safetensors" and not any(fits_torchvision(name, state) for name in resnets):
         raise UserError(f"this backbone is none of torchvision's ({', '.join(resnets)}), so it cannot be exported as {format}; safetensors takes any")
+    if run: atomic_write(Path(path).with_suffix(".md"), model_card(run, Path(path).name, format))
     return atomic_write(path, content(state))
 
 def fits_torchvision(
@@ -200,3 +202,22 @@ def fits_torchvision(
     "Whether a state dict is that of torchvision's model of this name."
     with torch.device("meta"): expected = getattr(models, name)(weights=None).state_dict()
     return {k: v.shape for k, v in expected.items() if not k.startswith("fc.")} == {k: v.shape for k, v in state.items()}
+
+# %% ../nbs/10_interop.ipynb #5c728c4c
+def model_card(
+    run, # folder of a finished run
+    file:str, # name of the weight file
+    format:str, # the library it is for
+)->str: # Markdown
+    "What a weight file holds and how it came about: recipe, data, numbers, commit."
+    from lewel.results import read_record, read_records
+    r = read_record(run)
+    git, judged = r["git"], [e for e in read_records(run) if e["kind"] == "evaluation"]
+    commit = f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}" if git else "an installed package, whose commit is not known"
+    lines = [f"# {file}", f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, pretrained with {r['method']}" + ("." if r["method"] == "supervised" else " without labels."), "## Data",
+             f"{r['data']['name']}, {r['data']['n']} images, fingerprint {r['data']['fingerprint']}. Images are expected in RGB, normalized with ImageNet's mean and standard deviation.", "## Recipe",
+             "\n".join(f"* {k}: {v}" for k, v in r["recipe"].items()), "## Numbers", "\n".join(f"* {k}: {v:.4g}" for k, v in r["metrics"].items() if v is not None)]
+    for e in judged: lines += [f"Evaluation `{e['id']}` on {e['data']['name']}, percent:", "\n".join(f"* {k}: {v:.2f}" for k, v in e["metrics"].items() if isinstance(v, float))]
+    if not judged: lines.append("It has not been evaluated.")
+    lines += ["## Origin", f"{r['created']}, {r['seconds']:.0f} s on {r['hardware']['device']} ({r['hardware']['cpu']}); {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {commit}."]
+    return "\n\n".join(lines) + "\n"

@@ -6,10 +6,11 @@
 __all__ = ['byol_defaults', 'mocov2_defaults', 'lewel_defaults', 'method_defaults', 'Network', 'Regression', 'Contrast', 'Losses',
            'Method', 'check_kind', 'check_options', 'create_method']
 
-# %% ../nbs/08_methods.ipynb #0cc2fdbf
+# %% ../nbs/08_methods.ipynb #fc6c1f06
 import copy, inspect
 from typing import NamedTuple
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -17,9 +18,9 @@ from .core import UserError, check_choice
 from .backbones import create_backbone, num_features
 from .alignment import CoupledHead, Embeddings, Head, PooledHead
 from .losses import info_nce, regression_loss
-from .target import Queue, momentum_schedule, update_average
+from .target import Queue, gathered, momentum_schedule, shuffled, synchronize_norms, update_average, world
 
-# %% ../nbs/08_methods.ipynb #b4e9569b
+# %% ../nbs/08_methods.ipynb #5fcfcd30
 class Network(nn.Module):
     "A backbone and a head: images -> `Embeddings`."
     def __init__(self,
@@ -31,7 +32,7 @@ class Network(nn.Module):
 
     def forward(self, images): return self.head(self.backbone(images))
 
-# %% ../nbs/08_methods.ipynb #f602209d
+# %% ../nbs/08_methods.ipynb #eaa72561
 class Regression(nn.Module):
     "BYOL's criterion: a predictor, then 2 - 2 cos."
     def __init__(self,
@@ -44,7 +45,7 @@ class Regression(nn.Module):
     def forward(self, online, target): return regression_loss(self.predictor(online), target)
     def push(self, target): pass
 
-# %% ../nbs/08_methods.ipynb #aa914022
+# %% ../nbs/08_methods.ipynb #fd8373f7
 class Contrast(nn.Module):
     "MoCo's criterion: InfoNCE against a queue of past keys."
     def __init__(self,
@@ -62,11 +63,12 @@ class Contrast(nn.Module):
     def push(self, target):
         "Queue the keys B x d, or one of each image's aligned keys B x K x d."
         if target.ndim == 3:
-            pick = torch.randint(target.shape[1], (len(target), 1, 1), device=target.device).expand(-1, 1, target.shape[2])
-            target = target.gather(1, pick).squeeze(1)
-        self.queue.push(target)
+            (rank, size), (n, aligned, dim) = world(), target.shape
+            pick = torch.randint(aligned, (size*n, 1, 1), device=target.device)[rank*n:(rank + 1)*n]
+            target = target.gather(1, pick.expand(-1, 1, dim)).squeeze(1)
+        self.queue.push(gathered(target))
 
-# %% ../nbs/08_methods.ipynb #549ac220
+# %% ../nbs/08_methods.ipynb #28edfd96
 class Losses(NamedTuple):
     "What a method returns for a pair of views; each is a sum over directions."
     loss:torch.Tensor # w global + (1 - w) aligned, with gradient
@@ -74,7 +76,7 @@ class Losses(NamedTuple):
     aligned_loss:torch.Tensor # of the aligned embeddings; 0 for a baseline
     online:Embeddings # of view 1, for diagnostics
 
-# %% ../nbs/08_methods.ipynb #a67016ca
+# %% ../nbs/08_methods.ipynb #d28fa673
 class Method(nn.Module):
     "Online and target network, criteria, and the target's update (method.md sections 2 to 4)."
     def __init__(self,
@@ -86,12 +88,14 @@ class Method(nn.Module):
         cosine_momentum:bool=True, # m(t) rises to 1 (BYOL), or stays (MoCo)
         target_norm:str="eman", # "eman": target in evaluation mode, running statistics averaged; "params": training mode
         symmetric:bool=True, # both directions
+        shuffle:bool=False, # several processes: mix the batches of a target in training mode (MoCo)
     ):
         super().__init__()
         self.online, self.target = online, copy.deepcopy(online).requires_grad_(False)
         self.global_criterion, self.aligned_criterion = global_criterion, aligned_criterion
         self.global_weight = global_weight if aligned_criterion is not None else 1.0
         self.base_momentum, self.cosine_momentum, self.target_norm, self.symmetric = base_momentum, cosine_momentum, target_norm, symmetric
+        self.shuffle = shuffle
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self.train()
 
@@ -104,18 +108,18 @@ class Method(nn.Module):
         if self.target_norm == "eman": self.target.eval()
         return self
 
-# %% ../nbs/08_methods.ipynb #3548003e
+# %% ../nbs/08_methods.ipynb #09930a3e
 @patch
 @torch.no_grad()
 def target_embeddings(self:Method,
     *views, # one or two, each B x 3 x H x W
 )->list: # their `Embeddings`
     "Target embeddings of each view; in one batch where that changes nothing."
-    if self.target.training or len(views) == 1: return [self.target(v) for v in views]
+    if self.target.training or len(views) == 1: return [shuffled(self.target, v) if self.shuffle and self.target.training else self.target(v) for v in views]
     both = self.target(torch.cat(views))
     return [Embeddings(*(None if e is None else e.chunk(2)[i] for e in both)) for i in range(2)]
 
-# %% ../nbs/08_methods.ipynb #a73a3fed
+# %% ../nbs/08_methods.ipynb #19df50a9
 @patch
 def compare(self:Method,
     online:list, # `Embeddings`, one for each direction
@@ -128,21 +132,37 @@ def compare(self:Method,
     return global_loss, sum(self.aligned_criterion(o.aligned, t.aligned) for o, t in directions)
 
 @patch
+def part_losses(self:Method,
+    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view2:torch.Tensor, # the other views of the same images
+)->tuple: # `Losses`; the target's `Embeddings` for each direction, for `push`
+    "Losses of a batch, or of a part of one; queues stay as they are."
+    targets = self.target_embeddings(view1, view2)[::-1] if self.symmetric else self.target_embeddings(view2)
+    onlines = [self.online(v) for v in ((view1, view2) if self.symmetric else (view1,))]
+    global_loss, aligned_loss = self.compare(onlines, targets)
+    w = self.global_weight
+    return Losses(w*global_loss + (1 - w)*aligned_loss, global_loss, aligned_loss, onlines[0]), targets
+
+@patch
+def push(self:Method,
+    parts:list, # for each part of a batch what `part_losses` gave as second
+):
+    "Show the keys of a batch to the queues, if there are any."
+    for t in (t for direction in zip(*parts) for t in direction):
+        self.global_criterion.push(t.z)
+        if self.aligned_criterion is not None: self.aligned_criterion.push(t.aligned)
+
+@patch
 def forward(self:Method,
     view1:torch.Tensor, # B x 3 x H x W, normalized
     view2:torch.Tensor, # the other views of the same images
 )->Losses:
     "Losses of a batch; in training mode the queues, if there are any, take its keys."
-    targets = self.target_embeddings(view1, view2)[::-1] if self.symmetric else self.target_embeddings(view2)
-    onlines = [self.online(v) for v in ((view1, view2) if self.symmetric else (view1,))]
-    global_loss, aligned_loss = self.compare(onlines, targets)
-    for t in targets if self.training else ():
-        self.global_criterion.push(t.z)
-        if self.aligned_criterion is not None: self.aligned_criterion.push(t.aligned)
-    w = self.global_weight
-    return Losses(w*global_loss + (1 - w)*aligned_loss, global_loss, aligned_loss, onlines[0])
+    out, targets = self.part_losses(view1, view2)
+    if self.training: self.push([targets])
+    return out
 
-# %% ../nbs/08_methods.ipynb #efbac4ac
+# %% ../nbs/08_methods.ipynb #c1b81d1c
 @patch
 def momentum(self:Method,
     step:int, # optimizer step, from 0
@@ -160,7 +180,17 @@ def update_target(self:Method,
     update_average(self.target, self.online, self.momentum(step, total_steps), buffers=self.target_norm == "eman")
     self.updates += 1
 
-# %% ../nbs/08_methods.ipynb #f9d1061c
+# %% ../nbs/08_methods.ipynb #18a73fae
+@patch
+def distribute(self:Method,
+    device, # on which it will run
+)->Method: # ready for it
+    "Prepare for training in all processes of the group; in a single one nothing changes."
+    if world()[1] == 1: return self
+    for t in self.state_dict().values(): dist.broadcast(t, 0)
+    return synchronize_norms(self, device) if self.target_norm == "params" and not self.shuffle else self
+
+# %% ../nbs/08_methods.ipynb #20a18eb7
 @patch
 @torch.no_grad()
 def alignment_maps(self:Method,
@@ -172,13 +202,13 @@ def alignment_maps(self:Method,
     if maps is None: raise UserError("this method has no alignment maps: its head pools; use 'lewel_m' or 'lewel_b'")
     return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
-# %% ../nbs/08_methods.ipynb #7d0cf96c
+# %% ../nbs/08_methods.ipynb #bcc09522
 byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True)
 mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params", symmetric=False, queue_size=65536, temperature=0.2)
-lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned")
+lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned", normalize=True)
 method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults, lewel_b=byol_defaults | lewel_defaults)
 
-# %% ../nbs/08_methods.ipynb #4de598fe
+# %% ../nbs/08_methods.ipynb #c66f072c
 def check_kind(
     name:str, # an option's name
     value, # what the user gave
@@ -208,7 +238,7 @@ def check_options(
     if not o.get("temperature", 1) > 0: raise UserError(f"temperature={o['temperature']!r} must be positive")
     return o
 
-# %% ../nbs/08_methods.ipynb #fd1b244f
+# %% ../nbs/08_methods.ipynb #c743f6d5
 def create_method(
     name:str, # "mocov2", "lewel_m", "byol" or "lewel_b"
     backbone="resnet50", # a name (see `create_backbone`) or a module that gives a feature map
@@ -221,9 +251,9 @@ def create_method(
     hidden_dim = o["hidden_dim"] or channels
     byol, lewel = name in ("byol", "lewel_b"), name in ("lewel_m", "lewel_b")
 
-    if lewel: head = CoupledHead(channels, hidden_dim, dim, byol, o["groups"], o["scale"], o["coupled"], o["aggregation"])
+    if lewel: head = CoupledHead(channels, hidden_dim, dim, byol, o["groups"], o["scale"], o["coupled"], o["aggregation"], o["normalize"])
     else: head = PooledHead(channels, hidden_dim, dim, byol)
     criterion = lambda: Regression(dim, hidden_dim) if byol else Contrast(dim, o["queue_size"], o["temperature"])
 
     shared = {k: o[k] for k in ("base_momentum", "cosine_momentum", "target_norm", "symmetric")}
-    return Method(Network(backbone, head), criterion(), criterion() if lewel else None, o.get("global_weight", 1.0), **shared)
+    return Method(Network(backbone, head), criterion(), criterion() if lewel else None, o.get("global_weight", 1.0), shuffle=not byol, **shared)

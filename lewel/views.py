@@ -7,9 +7,10 @@ __all__ = ['COLOR_OPS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SOLARIZE_FROM', 'mix_b
            'mocov2_views', 'crop_boxes', 'Views', 'draw_views', 'triangle_', 'cubic_', 'to_device', 'resize_matrix',
            'crop_resize', 'luminance', 'brightness_', 'contrast_', 'saturation_', 'hue_', 'jitter_colors', 'neighbors',
            'gaussian_blur', 'edit', 'imagenet_stats', 'normalize', 'denormalize', 'apply_colors', 'apply_views',
-           'ViewLoader', 'cut', 'StreamedSteps']
+           'ViewLoader', 'cut', 'StreamedSteps', 'outlive_signals']
 
-# %% ../nbs/03_views.ipynb #a3ad66b0
+# %% ../nbs/03_views.ipynb #fec8a785
+import signal
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from .core import UserError, check_choice
 from .data import FolderSet, MemorySet, epoch_order
 
-# %% ../nbs/03_views.ipynb #ead8cc89
+# %% ../nbs/03_views.ipynb #0fe43405
 def mix_bits(
     x:np.ndarray, # uint64
 )->np.ndarray: # uint64, of the same shape
@@ -43,7 +44,7 @@ def uniforms(
         x = mix_bits(x + np.uint64(0x9E3779B97F4A7C15)*(np.array(part, np.int64, ndmin=1).view(np.uint64) + np.uint64(1)))
     return (x >> np.uint64(11))*2.0**-53
 
-# %% ../nbs/03_views.ipynb #06e35833
+# %% ../nbs/03_views.ipynb #a578c371
 @dataclass(frozen=True)
 class ViewRecipe:
     "The random distribution of one view; probabilities are named after what they switch on."
@@ -72,7 +73,7 @@ class ViewRecipe:
     @property
     def blur_size(self): return 2*(self.size//20) + 1 # the odd number nearest to 10% of the size
 
-# %% ../nbs/03_views.ipynb #c101ba63
+# %% ../nbs/03_views.ipynb #551cd481
 def byol_views(
     size:int=224, # side, pixels
     **changes, # fields of `ViewRecipe` to change in both
@@ -87,7 +88,7 @@ def mocov2_views(
     "MoCo v2's recipe, twice, which LEWEL_M uses too."
     return (ViewRecipe(size, **dict(dict(saturation=0.4, blur=0.5), **changes)),)*2
 
-# %% ../nbs/03_views.ipynb #29b36a0f
+# %% ../nbs/03_views.ipynb #bc3b0fab
 def crop_boxes(
     u:np.ndarray, # B x 22 uniforms: ten areas, ten ratios, vertical and horizontal position
     heights:np.ndarray, # B, pixels
@@ -110,7 +111,7 @@ def crop_boxes(
     corner = np.where(found, u[:, 20:22]*(full - size + 1), (full - size)/2).astype(np.int64)
     return np.concatenate([corner, size], 1)
 
-# %% ../nbs/03_views.ipynb #2dbde21b
+# %% ../nbs/03_views.ipynb #022c35f0
 class Views(NamedTuple):
     "The parameters of one view for each of B samples, on the host."
     box:np.ndarray # B x 4 int64: top, left, height, width of the crop, pixels
@@ -140,7 +141,7 @@ def draw_views(
     return Views(crop_boxes(crop, heights, widths, recipe.area, recipe.ratio), flip, low + (high - low)*factor, order.argsort(1),
                  jitter, gray, np.where(blur, sigma, 0), solarize)
 
-# %% ../nbs/03_views.ipynb #1d44e27a
+# %% ../nbs/03_views.ipynb #8b67d4dc
 def triangle_(
     x:torch.Tensor, # distances in units of the filter's width; overwritten
 )->torch.Tensor: # the weights
@@ -155,7 +156,7 @@ def cubic_(
     near, far = ((1.5*x - 2.5)*x).mul_(x).add_(1), ((2.5 - .5*x)*x - 4).mul_(x).add_(2)
     return torch.where(x < 1, near, far)
 
-# %% ../nbs/03_views.ipynb #ee601439
+# %% ../nbs/03_views.ipynb #70ec1713
 def to_device(
     array:np.ndarray, # on the host
     like:torch.Tensor, # says which device
@@ -184,7 +185,7 @@ def resize_matrix(
     weights = (triangle_ if interpolation == "bilinear" else cubic_)(distance)
     return weights.div_(weights.sum(2, keepdim=True))
 
-# %% ../nbs/03_views.ipynb #4962c2b9
+# %% ../nbs/03_views.ipynb #b5bbc941
 def crop_resize(
     images:torch.Tensor, # B x 3 x H x W, float, or uint8, which is scaled to [0, 1]
     box:np.ndarray, # B x 4: top, left, height, width
@@ -200,7 +201,7 @@ def crop_resize(
     narrow = images.reshape(B, 3*H, W)@columns.mT
     return rows[:, None]@narrow.view(B, 3, H, size)
 
-# %% ../nbs/03_views.ipynb #8c16c9af
+# %% ../nbs/03_views.ipynb #60b81c8c
 def luminance(
     x:torch.Tensor, # B x 3 x H x W
 )->torch.Tensor: # B x 1 x H x W
@@ -231,7 +232,7 @@ def saturation_(
     gray = luminance(x).mul_(1 - factor)
     x.mul_(factor).add_(gray).clamp_(0, 1)
 
-# %% ../nbs/03_views.ipynb #fc6f338f
+# %% ../nbs/03_views.ipynb #10f42aaa
 def hue_(
     x:torch.Tensor, # B x 3 x H x W in [0, 1], overwritten
     shift:torch.Tensor, # B x 1 x 1 x 1, in turns
@@ -249,7 +250,7 @@ def hue_(
 
 COLOR_OPS = brightness_, contrast_, saturation_, hue_ # the order of `Views.factors`
 
-# %% ../nbs/03_views.ipynb #985695f8
+# %% ../nbs/03_views.ipynb #4069d371
 def jitter_colors(
     x:torch.Tensor, # B x 3 x H x W in [0, 1]; may be overwritten
     factors:np.ndarray, # B x 4: brightness, contrast, saturation, hue
@@ -270,7 +271,7 @@ def jitter_colors(
             if len(part): op(part, factor.view(-1, 1, 1, 1))
     return x.index_select(0, moves[-1])
 
-# %% ../nbs/03_views.ipynb #a4faf5b3
+# %% ../nbs/03_views.ipynb #d18c8c1a
 @lru_cache
 def neighbors(
     size:int, # pixels in a line
@@ -299,7 +300,7 @@ def gaussian_blur(
     G = (to_device(weights, x, x.dtype)@near.flatten(1)).view(B, S, S)
     return G[:, None]@(x.reshape(B, C*S, S)@G.mT).view(B, C, S, S)
 
-# %% ../nbs/03_views.ipynb #c15f43e5
+# %% ../nbs/03_views.ipynb #c61a7720
 def edit(
     x:torch.Tensor, # B x ...; may be overwritten
     chosen:np.ndarray, # B bool
@@ -311,7 +312,7 @@ def edit(
     rows = to_device(chosen.nonzero()[0], x)
     return x.index_copy_(0, rows, f(x.index_select(0, rows)))
 
-# %% ../nbs/03_views.ipynb #b812da9d
+# %% ../nbs/03_views.ipynb #c92df1f6
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @lru_cache
@@ -336,7 +337,7 @@ def denormalize(
     mean, std = imagenet_stats(x.device, x.dtype)
     return (x*std).add_(mean).clamp_(0, 1)
 
-# %% ../nbs/03_views.ipynb #37cfbd65
+# %% ../nbs/03_views.ipynb #e3a1b0e0
 SOLARIZE_FROM = 128/255 # values from here on are inverted
 
 def apply_colors(
@@ -361,44 +362,49 @@ def apply_views(
     x = crop_resize(images, views.box, recipe.size, recipe.interpolation, views.flip)
     return apply_colors(x.clamp_(0, 1) if recipe.interpolation == "bicubic" else x, views, recipe)
 
-# %% ../nbs/03_views.ipynb #9947d065
+# %% ../nbs/03_views.ipynb #759a3f6f
 class ViewLoader:
     "Batches of two views for `epoch`, from step `start` on: set either before iterating; `start` counts for the next iteration only. An incomplete last batch is dropped."
     def __init__(self,
         images:MemorySet|FolderSet, # the former is moved to `device`
         recipes:tuple, # (ViewRecipe, ViewRecipe)
-        batch_size:int, # images in a step
+        batch_size:int, # images in a step, of all processes together
         seed:int=0, # of the run: the order and the views depend on it
         device="cpu", # where the views are made
         workers:int=0, # processes that decode; used by a `FolderSet`
+        rank:int=0, # which of the processes that share each batch this one is
+        world_size:int=1, # how many they are
+        parts:int=1, # in how many batches a step is served
     ):
         n = len(images)
         if not 1 <= batch_size <= n: raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size from 1 to {n}, or add images")
+        if batch_size % (world_size*parts): raise UserError(f"batch_size {batch_size} with {world_size} processes and {parts} parts: choose a multiple of {world_size*parts}")
         self.images = images.to(device) if isinstance(images, MemorySet) else images
         self.recipes, self.batch_size, self.seed, self.device, self.workers = recipes, batch_size, seed, torch.device(device), workers
-        self.epoch = self.start = 0
+        self.rank, self.shares, self.share = rank, world_size*parts, batch_size//(world_size*parts)
+        self.world_size, self.epoch, self.start = world_size, 0, 0
 
     def __len__(self): return len(self.images)//self.batch_size
 
     def __iter__(self):
         "Yields (view 1, view 2, indices): two float32 B x 3 x size x size on the device, normalized; LongTensor on the host."
-        steps, self.start = range(self.start, len(self)), 0
-        return self.from_memory(steps) if isinstance(self.images, MemorySet) else self.from_files(steps)
+        served, self.start = range(self.start*self.shares + self.rank, len(self)*self.shares, self.world_size), 0
+        return self.from_memory(served) if isinstance(self.images, MemorySet) else self.from_files(served)
 
-# %% ../nbs/03_views.ipynb #e616829a
+# %% ../nbs/03_views.ipynb #b1dbca6f
 @patch
 def from_memory(self:ViewLoader,
-    steps, # which, in order
+    shares, # which, in order
 ):
     "The batches of a `MemorySet`."
     order, (heights, widths) = epoch_order(len(self.images), self.seed, self.epoch), self.images.sizes
-    for step in steps:
-        indices = order[step*self.batch_size:(step + 1)*self.batch_size]
+    for share in shares:
+        indices = order[share*self.share:(share + 1)*self.share]
         batch = self.images.take(to_device(indices, self.images.images)).float().div_(255)
         tables = [draw_views(r, self.seed, self.epoch, indices, v, heights[indices], widths[indices]) for v, r in enumerate(self.recipes)]
         yield *(apply_views(batch, t, r) for t, r in zip(tables, self.recipes)), torch.from_numpy(indices)
 
-# %% ../nbs/03_views.ipynb #dd470f37
+# %% ../nbs/03_views.ipynb #4539144b
 def cut(
     image:torch.Tensor, # 3 x H x W uint8
     box:np.ndarray, # top, left, height, width
@@ -410,20 +416,20 @@ def cut(
     return crop.flip(2) if flip else crop
 
 class StreamedSteps(Dataset):
-    "The steps of an epoch of a `FolderSet`."
+    "The shares of an epoch of a `FolderSet`."
     def __init__(self,
         images:FolderSet, # where the images are
         recipes:tuple, # (ViewRecipe, ViewRecipe)
-        batch_size:int, # images in a step
+        share:int, # images in one
         seed:int, # of the run
         epoch:int, # counted from 0
     ):
-        self.images, self.recipes, self.batch_size, self.seed, self.epoch = images, recipes, batch_size, seed, epoch
+        self.images, self.recipes, self.share, self.seed, self.epoch = images, recipes, share, seed, epoch
         self.order = epoch_order(len(images), seed, epoch)
 
-    def __getitem__(self, step):
+    def __getitem__(self, i):
         "Two uint8 batches of crops, their two tables, the indices asked for, those served; or the `UserError` that prevented it."
-        asked = self.order[step*self.batch_size:(step + 1)*self.batch_size]
+        asked = self.order[i*self.share:(i + 1)*self.share]
         try: images, served = zip(*(self.images.read(int(i)) for i in asked))
         except UserError as e: return e
         heights, widths = np.array([x.shape[1:] for x in images]).T
@@ -431,7 +437,12 @@ class StreamedSteps(Dataset):
         crops = [torch.stack([cut(x, t.box[i], t.flip[i], r) for i, x in enumerate(images)]) for t, r in zip(tables, self.recipes)]
         return crops, tables, asked, torch.tensor(served)
 
-# %% ../nbs/03_views.ipynb #2583fbb8
+# %% ../nbs/03_views.ipynb #65beb597
+def outlive_signals(worker):
+    "Workers ignore Ctrl-C, and go on for half a minute after a SIGTERM."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *args: signal.alarm(30))
+
 @patch
 def note_skipped(self:FolderSet,
     asked:np.ndarray, # indices
@@ -445,11 +456,11 @@ def note_skipped(self:FolderSet,
 
 @patch
 def from_files(self:ViewLoader,
-    steps, # which, in order
+    shares, # which, in order
 ):
     "The batches of a `FolderSet`."
-    loader = DataLoader(StreamedSteps(self.images, self.recipes, self.batch_size, self.seed, self.epoch), batch_size=None, sampler=steps, num_workers=self.workers,
-                        collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator())
+    loader = DataLoader(StreamedSteps(self.images, self.recipes, self.share, self.seed, self.epoch), batch_size=None, sampler=shares, num_workers=self.workers,
+                        collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator(), worker_init_fn=outlive_signals)
     for step in loader:
         if isinstance(step, UserError): raise step
         crops, tables, asked, served = step

@@ -55,7 +55,7 @@ def coco(root, n=6):
         (root/f"annotations/instances_{split}.json").write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=7, name="square")])))
     return root
 
-LAYOUTS = dict(segmentation=(camvid, "miou"), detection=(voc, "box_ap"), instance=(coco, "mask_ap"))
+LAYOUTS = dict(segmentation=(camvid, "miou"), detection=(voc, "box_ap"), instance=(coco, "instance_mask_ap"))
 
 @pytest.mark.parametrize("protocol", LAYOUTS)
 def test_dense_protocol(protocol, tmp_path, run):

@@ -9,7 +9,7 @@ __all__ = ['DETECTION', 'PARTS', 'RATIOS', 'BatchNorm', 'DETECTRON2_HEADS', 'DET
            'train_detector', 'predict', 'draw_objects', 'show_detections', 'check_boxes', 'predict_all',
            'evaluate_detection', 'detectron2_head', 'detectron2_names', 'detectron2_state']
 
-# %% ../../nbs/24_evaluate_detection.ipynb #d0b1a5ea
+# %% ../../nbs/24_evaluate_detection.ipynb #dcec3c10
 import copy, math, re
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ from .knn import frozen
 from ..interop import detectron2_name, weights_fingerprint
 from ..visualize import finish, new_figure, save_figure
 
-# %% ../../nbs/24_evaluate_detection.ipynb #380618f5
+# %% ../../nbs/24_evaluate_detection.ipynb #5aa102ed
 @dataclass(frozen=True)
 class DetectionProtocol:
     "How a detector is built and trained; the default is MoCo's for VOC. Pixels are those of the resized image."
@@ -64,14 +64,14 @@ class DetectionProtocol:
     spread:float=0.01 # standard deviation of the classifier's initial weights
     precise:int=200 # steps after training whose images the norms' statistics are averaged over
 
-# %% ../../nbs/24_evaluate_detection.ipynb #1c950b4a
+# %% ../../nbs/24_evaluate_detection.ipynb #7d347589
 DETECTION = dict(
     paper=DetectionProtocol(),
     imagenette=DetectionProtocol("fpn", steps=400, batch_size=4, lr=0.02, sizes=(160, 176, 192), longest=320, anchor=16, candidates=(500, 300), proposals=(300, 150), samples=64, rois=64, width=64, hidden=256, spread=0.05, precise=30),
     demo=DetectionProtocol("fpn", steps=120, batch_size=16, lr=0.05, warmup=20, sizes=(64,), longest=64, flip=0., anchor=8, candidates=(100, 60), proposals=(64, 32), samples=32, rois=32, width=32, hidden=256, spread=0.05, precise=10),
     smoke=DetectionProtocol("fpn", steps=3, batch_size=2, warmup=2, sizes=(64,), longest=64, flip=0., anchor=8, candidates=(50, 20), proposals=(20, 8), samples=16, rois=16, width=16, hidden=16, precise=1))
 
-# %% ../../nbs/24_evaluate_detection.ipynb #85718030
+# %% ../../nbs/24_evaluate_detection.ipynb #c3665e9e
 PARTS = "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def layer_shapes(
             if name.startswith("layer"): shapes[name] = x.shape[1], 64//x.shape[2]
     return shapes
 
-# %% ../../nbs/24_evaluate_detection.ipynb #fe09cfbb
+# %% ../../nbs/24_evaluate_detection.ipynb #00178c13
 class RoIPool(nn.Module):
     "Cuts boxes out of the feature maps whose stride fits their size; as many samples a cell as it takes."
     def __init__(self,
@@ -113,7 +113,7 @@ class RoIPool(nn.Module):
             out[level == k] = roi_align(x, boxes[level == k], self.size, 1/stride, 0, aligned=True)
         return out
 
-# %% ../../nbs/24_evaluate_detection.ipynb #20e6b22f
+# %% ../../nbs/24_evaluate_detection.ipynb #9b284e17
 class C4Head(nn.Module):
     "layer4 on the features of RoIs."
     def __init__(self,
@@ -141,7 +141,7 @@ def c4_parts(
     channels, coarse = shapes["layer4"]
     return trunk, RoIPool((stride,), 7*coarse//stride, protocol.anchor), C4Head(backbone.layer4, channels), channels
 
-# %% ../../nbs/24_evaluate_detection.ipynb #2fbc7046
+# %% ../../nbs/24_evaluate_detection.ipynb #5590cc7a
 class Pyramid(nn.Module):
     "A backbone and the pyramid on top of it."
     def __init__(self,
@@ -176,7 +176,7 @@ def fpn_parts(
         if isinstance(m, nn.Linear): nn.init.kaiming_uniform_(m.weight, a=1); nn.init.zeros_(m.bias)
     return trunk, RoIPool(trunk.strides, 7, protocol.anchor), head, hidden
 
-# %% ../../nbs/24_evaluate_detection.ipynb #6b460e8b
+# %% ../../nbs/24_evaluate_detection.ipynb #e49389bb
 RATIOS = 0.5, 1., 2. # height over width of the anchors
 
 def proposal_network(
@@ -190,7 +190,7 @@ def proposal_network(
     before, after = (dict(zip(("training", "testing"), n)) for n in (protocol.candidates, protocol.proposals))
     return RegionProposalNetwork(anchors, RPNHead(channels, anchors.num_anchors_per_location()[0]), 0.7, 0.3, protocol.samples, 0.5, before, after, 0.7)
 
-# %% ../../nbs/24_evaluate_detection.ipynb #06a194eb
+# %% ../../nbs/24_evaluate_detection.ipynb #a99092db
 def detector(
     backbone:nn.Module, # with torchvision's names; copied
     num_classes:int, # without background
@@ -213,7 +213,7 @@ def synchronized(
     "Share BatchNorm's statistics where torch.distributed is initialized."
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if torch.distributed.is_initialized() else model
 
-# %% ../../nbs/24_evaluate_detection.ipynb #ba8e1df0
+# %% ../../nbs/24_evaluate_detection.ipynb #34b556b9
 def backbone_names(
     model:GeneralizedRCNN, # from `detector`
 )->dict: # the detector's name -> the backbone's
@@ -222,7 +222,7 @@ def backbone_names(
     names = {k: k.removeprefix("roi_heads.box_head.").removeprefix("backbone.").removeprefix("body.") for k in model.state_dict() if k.startswith(prefixes)}
     return {k: n for k, n in names.items() if not n.startswith("fpn.")}
 
-# %% ../../nbs/24_evaluate_detection.ipynb #afaab3be
+# %% ../../nbs/24_evaluate_detection.ipynb #0f91ee45
 def training_image(
     images:BoxSet, # where it is
     i:int, # which
@@ -254,7 +254,7 @@ def training_batch(
     with ThreadPoolExecutor(4) as pool: batch = list(pool.map(partial(training_image, images, masks=masks), step_indices(step, len(images), n, seed).tolist(), flips.tolist()))
     return [x.to(device) for x, _ in batch], [{k: v.to(device) for k, v in t.items()} for _, t in batch]
 
-# %% ../../nbs/24_evaluate_detection.ipynb #92b50118
+# %% ../../nbs/24_evaluate_detection.ipynb #e3615cd8
 BatchNorm = nn.modules.batchnorm._BatchNorm # SyncBN too
 
 def detection_sgd(
@@ -281,7 +281,7 @@ def average_norms(
     for m, momentum in norms: m.momentum = momentum
     model.eval()
 
-# %% ../../nbs/24_evaluate_detection.ipynb #c8933de2
+# %% ../../nbs/24_evaluate_detection.ipynb #546e9f83
 def train_detector(
     model:GeneralizedRCNN, # freshly built; trained in place
     images:BoxSet, # to train on; those without a box are left out
@@ -302,7 +302,7 @@ def train_detector(
     average_norms(model, loss_of, range(protocol.steps, protocol.steps + protocol.precise))
     return model
 
-# %% ../../nbs/24_evaluate_detection.ipynb #5e977dad
+# %% ../../nbs/24_evaluate_detection.ipynb #b42a1ea3
 def predict(
     model:GeneralizedRCNN, # from `detector`
     images:list, # 3 x H x W each, uint8
@@ -319,7 +319,7 @@ def predict(
                     found.append({k: v.cpu() for k, v in p.items()})
     return found
 
-# %% ../../nbs/24_evaluate_detection.ipynb #1f4e536c
+# %% ../../nbs/24_evaluate_detection.ipynb #ff069ea4
 def draw_objects(
     image:torch.Tensor, # 3 x H x W, uint8
     objects:dict, # a prediction or a target
@@ -335,7 +335,7 @@ def draw_objects(
     colors = [palette[k % 10] for k in labels]
     masks = objects["masks"]() if callable(objects.get("masks")) else objects.get("masks")
     if masks is not None and labels: image = draw_segmentation_masks(image, masks[keep].bool().repeat_interleave(scale, 1).repeat_interleave(scale, 2), 0.5, colors)
-    text = dict(font=findfont("DejaVu Sans"), font_size=16, label_colors="white", fill_labels=True)
+    text = dict(font=findfont("DejaVu Sans"), font_size=16)
     return draw_bounding_boxes(image, boxes, [classes[k] for k in labels], colors, width=2, **text) if labels else image
 
 def show_detections(
@@ -353,7 +353,7 @@ def show_detections(
     for ax, name in zip(axes[:, 0], ("truth", "found")): ax.set_ylabel(name)
     return finish(fig, caption)
 
-# %% ../../nbs/24_evaluate_detection.ipynb #a08d8c73
+# %% ../../nbs/24_evaluate_detection.ipynb #cd6e8d53
 def check_boxes(
     train:BoxSet, # to train on
     test:BoxSet, # to test on
@@ -392,7 +392,7 @@ def evaluate_detection(
     measures = dict(box=average_precision, voc07=voc07_average_precision)
     return {f"{name}_{k}": v for name, ap in measures.items() for k, v in ap(found, targets, len(test.classes)).items()}
 
-# %% ../../nbs/24_evaluate_detection.ipynb #cf798807
+# %% ../../nbs/24_evaluate_detection.ipynb #f7f400a5
 DETECTRON2_HEADS = { # beginning of our name -> of detectron2's
     "rpn.head.conv.0.0": "proposal_generator.rpn_head.conv", "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits", "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
     "roi_heads.box_head.norm": "roi_heads.res5.norm", "roi_heads.box_head.fc6": "roi_heads.box_head.fc1", "roi_heads.box_head.fc7": "roi_heads.box_head.fc2", "roi_heads.box_head.5": "roi_heads.box_head.fc1",
@@ -418,7 +418,7 @@ def detectron2_names(
     tensors = backbone_names(model)
     return {k: where(k) + detectron2_name(tensors[k]) if k in tensors else detectron2_head(k) for k in model.state_dict()}
 
-# %% ../../nbs/24_evaluate_detection.ipynb #60295cf1
+# %% ../../nbs/24_evaluate_detection.ipynb #5717fdb6
 def detectron2_state(
     model:GeneralizedRCNN, # from `detector`
 )->dict: # detectron2's name -> tensor

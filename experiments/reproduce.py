@@ -1,0 +1,30 @@
+"""Run the experiments of a scale, then write the page and print the tables. Settings: settings.ini, or the environment; arguments go to Snakemake.
+
+With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing."""
+import os, subprocess, sys
+from pathlib import Path
+from lewel.core import UserError
+from lewel.experiments import evaluation_groups, forget_failures, only_one, read_settings, write_page
+from lewel.results import read_failures
+
+def main():
+    settings = read_settings()
+    if os.environ.get("LEWEL_DRY_RUN"):
+        from lewel.cost import print_plan
+        return print_plan(settings)
+    evaluation_groups(settings)
+    results = Path("results")/settings.scale
+    with only_one(results) as lock:
+        for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
+        done = subprocess.run(["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params", "--quiet", "rules", "progress", "host", *sys.argv[1:]], pass_fds=[lock])
+        page = write_page(results)
+    for table in sorted((results/"tables").glob("*.md")): print("\n" + table.read_text())
+    for kind in "tables", "figures", "runs", "evaluations", "ablations", "notebooks": print(f"{kind:12} {results/kind}/  ({len(list((results/kind).glob('*')))})")
+    print(f"all on a page: {page}")
+    failures = read_failures(results)
+    for f in failures: print(f"missing: {f['folder']}: {f['reason']}", file=sys.stderr)
+    return done.returncode or bool(failures)
+
+if __name__ == "__main__":
+    try: sys.exit(main())
+    except UserError as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)

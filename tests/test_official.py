@@ -1,0 +1,52 @@
+"A checkpoint of exactly the authors' form and size: ResNet-50, hidden layers of 4096, d = 256 (method.md section 9 is where its names are from)."
+import pytest, torch
+from lewel.interop import load_official, official_names
+from lewel.methods import create_method
+
+SIZES = dict(dim=256, hidden_dim=4096)
+
+@pytest.fixture(scope="module")
+def method(): return create_method("lewel_b", "resnet50", **SIZES)
+
+@pytest.fixture(scope="module")
+def checkpoint(method, tmp_path_factory):
+    "A file as the authors' script saves it: data parallel names, heads as 1-D convolutions, optimizer and scaler beside them."
+    torch.manual_seed(0)
+    state = {}
+    for theirs, ours in official_names(method).items():
+        own = method.state_dict()[ours]
+        value = torch.rand(own.shape) + 0.5 if own.is_floating_point() and own.ndim == 1 else torch.randn(own.shape)*0.02 if own.is_floating_point() else torch.tensor(7)
+        state[f"module.{theirs}"] = value[..., None] if ".mlp." in theirs and value.ndim == 2 else value
+    path = tmp_path_factory.mktemp("official")/"checkpoint_0200.pth.tar"
+    torch.save(dict(epoch=200, arch="LEWELB_EMAN", state_dict=state, best_acc1=72.8, optimizer=dict(state={}, param_groups=[]), scaler=dict(scale=65536.)), path)
+    return path
+
+def test_names_and_shapes(checkpoint):
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    shape = lambda name: tuple(state[f"module.{name}"].shape)
+    assert shape("online_net.backbone.conv1.weight") == (64, 3, 7, 7) and shape("target_net.backbone.layer4.2.bn3.running_var") == (2048,)
+    for head in "online_net.neck.proj", "online_net.neck.proj_obj", "target_net.neck.proj": assert (shape(f"{head}.mlp.0.weight"), shape(f"{head}.mlp.1.weight"), shape(f"{head}.mlp.3.weight")) == ((4096, 2048, 1), (4096,), (256, 4096, 1))
+    for head in "predictor", "predictor_obj": assert (shape(f"{head}.mlp.0.weight"), shape(f"{head}.mlp.3.weight")) == ((4096, 256, 1), (256, 4096, 1))
+    assert not any("fc" in k.split(".") for k in state)
+
+@pytest.mark.parametrize("norm", ["eman", "params"])
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_loads_strictly_and_is_used(checkpoint, norm, prefix):
+    "Both variants of the target, with and without the data parallel prefix; then alignment maps, and a training step from there."
+    content = torch.load(checkpoint, weights_only=True)
+    state = {prefix + k.removeprefix("module."): v for k, v in content["state_dict"].items()}
+    method = load_official(create_method("lewel_b", "resnet50", target_norm=norm, **SIZES), content | dict(state_dict=state))
+    own = method.state_dict()
+    assert all(torch.equal(own[ours], state[prefix + theirs].squeeze(-1) if state[prefix + theirs].ndim == 3 else state[prefix + theirs]) for theirs, ours in official_names(method).items())
+    if (norm, prefix) != ("eman", "module."): return
+    maps = method.eval().alignment_maps(torch.randn(1, 3, 224, 224))
+    assert maps.shape == (1, 256, 7, 7) and torch.allclose(maps.sum((2, 3)), torch.ones(1, 256))
+    optimizer = torch.optim.SGD(method.train().parameters(), 1e-3)
+    method(*torch.randn(2, 2, 3, 64, 64)).loss.backward()
+    optimizer.step(); method.update_target(0, 10)
+    assert not torch.equal(own["online.backbone.conv1.weight"], state["module.online_net.backbone.conv1.weight"])
+
+def test_evaluates(checkpoint, labelled, tmp_path, run):
+    "The file is a start for lewel-evaluate."
+    done = run("evaluate", checkpoint, "--data", labelled, "--protocol", "knn", "--preset", "smoke", "--size", 32, "--device", "cpu", "--out", tmp_path/"out")
+    assert done.code == 0, done.err

@@ -1,0 +1,43 @@
+"The graph of experiments: jobs, the lock, a cluster."
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+from lewel.experiments import only_one
+from lewel.results import read_records
+
+root = Path(__file__).resolve().parent.parent
+
+def call(*command, **environment):
+    "Run a command in a folder of the repository's files; its (code, output, errors)."
+    done = subprocess.run([str(c) for c in command], cwd=root, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1") | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+def test_ablation_job(tmp_path):
+    "One factor, from its notebook to records that name their pretraining, and a mark."
+    out = tmp_path/"ablations"/"lewel_m-target-s0"
+    code, _, err = call(sys.executable, "experiments/run.py", "experiments/ablation.ipynb", tmp_path/"copy.ipynb", tmp_path/"mark", "scale=smoke", "method=lewel_m", "factor=target", "device=cpu", "seed=0", f"out={out}")
+    assert code == 0, err
+    assert (tmp_path/"mark").read_text() == "done"
+    trained, judged = (next(r for r in read_records(out) if r["kind"] == kind) for kind in ("pretrain", "evaluation"))
+    assert judged["builds_on"] == [trained["id"]] and trained["recipe"]["options"]["target_norm"] == "params"
+
+@pytest.mark.parametrize("wrong, words", [("method=lewel_c", "did you mean 'lewel_"), ("sede=1", "did you mean 'seed'?"), ("seed=-1", "must be at least 0"), ("seed=one", "must be of type int"), ("scale=dem", "did you mean 'demo'?")])
+def test_impossible_parameters_are_refused_before_a_kernel_starts(tmp_path, wrong, words):
+    code, out, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", wrong)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not (tmp_path/"copy.ipynb").exists()
+
+def test_a_second_reproduction_is_refused():
+    with only_one(root/"results"/"smoke"): code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, LEWEL_SCALE="smoke")
+    assert code == 2 and err.startswith("error: another reproduction is at work") and len(err.splitlines()) == 1
+
+@pytest.mark.parametrize("setting, words", [(dict(LEWEL_SCALE="demmo"), "did you mean 'demo'?"), (dict(LEWEL_SEEDS="0"), "at least 1"), (dict(LEWEL_SCALE="paper"), "names no data for scale 'paper'")])
+def test_wrong_settings_are_refused(setting, words):
+    code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, **setting)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+
+def test_slurm_profile(tmp_path):
+    "Snakemake accepts the profile, and would send every job to the cluster."
+    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", "--profile", "experiments/slurm", "--cores", 1, "--nolock", "--dry-run", "--forceall", LEWEL_SCALE="imagenette", LEWEL_SEEDS="3")
+    assert code == 0, err
+    assert "slurm_partition=gpu" in out + err and "gpu=1" in out + err
