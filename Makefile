@@ -33,7 +33,7 @@ test: $(VENV)/installed
 	python tests/check_sync.py
 	ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 nbdev-test --n-workers 0
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
-	OMP_NUM_THREADS=1 pytest -q tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 tests
 	@$(MAKE) --no-print-directory verify
 
 verify: $(VENV)/installed

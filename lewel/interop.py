@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['head_parts', 'official_parts', 'detectron2_parts', 'exporters', 'export_formats', 'official_names', 'read_weights',
            'check_tensors', 'state_tensors', 'load_official', 'optional', 'read_safetensors', 'weights_fingerprint',
-           'fill_backbone', 'load_backbone', 'run_backbone', 'supervised_backbone', 'detectron2_name', 'torch_file',
-           'detectron2_file', 'safetensors_file', 'export_backbone', 'fits_torchvision', 'model_card']
+           'fill_backbone', 'load_backbone', 'run_backbone', 'supervised_backbone', 'start_from', 'detectron2_name',
+           'torch_file', 'detectron2_file', 'safetensors_file', 'export_backbone', 'fits_torchvision', 'model_card']
 
-# %% ../nbs/10_interop.ipynb #da4cb257
+# %% ../nbs/10_interop.ipynb #e85f9092
 import hashlib, importlib, pickle
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from torchvision import models
 from .core import UserError, atomic_write, check_choice
 from .backbones import create_backbone, resnets
 
-# %% ../nbs/10_interop.ipynb #a45b891b
+# %% ../nbs/10_interop.ipynb #129645ce
 head_parts = {"hidden.": "mlp.0.", "norm.": "mlp.1.", "out.": "mlp.3."}
 official_parts = {"online.": "online_net.", "target.": "target_net.", "head.g.": "neck.proj.", "head.p.": "neck.proj_obj.",
                   "global_criterion.predictor.": "predictor.", "aligned_criterion.predictor.": "predictor_obj."}
@@ -33,7 +33,7 @@ def official_names(
         if ours != "updates": names[theirs] = ours
     return names
 
-# %% ../nbs/10_interop.ipynb #cb24322b
+# %% ../nbs/10_interop.ipynb #e5fdf38f
 def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
@@ -76,7 +76,7 @@ def load_official(
     method.load_state_dict({n: state[k] for k, n in names.items()} | {"updates": own["updates"]})
     return method
 
-# %% ../nbs/10_interop.ipynb #48fd1fdc
+# %% ../nbs/10_interop.ipynb #7a218b3e
 def optional(
     module:str, # of a package that is not among this library's dependencies
 ): # the module
@@ -100,7 +100,7 @@ def weights_fingerprint(
     for name, tensor in module.state_dict().items(): digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/10_interop.ipynb #45343ae8
+# %% ../nbs/10_interop.ipynb #55c863cd
 def fill_backbone(
     backbone:nn.Module, # changed in place
     path, # weight file
@@ -152,7 +152,20 @@ def supervised_backbone(
     r = record["recipe"]
     return fill_backbone(create_backbone(r["backbone"]).eval(), Path(run)/"backbone.pth"), dict(method=record["method"], backbone=r["backbone"], seed=record["seed"], size=r["size"], builds_on=[record["id"]])
 
-# %% ../nbs/10_interop.ipynb #1c43cd85
+# %% ../nbs/10_interop.ipynb #1ba5833b
+def start_from(
+    method:nn.Module, # with fresh weights; changed in place
+    path, # weight file
+)->str: # what a record says: the file's name and the fingerprint of its backbone
+    "Set the weights that pretraining starts from. Raises `UserError` for a file that does not fit."
+    state = state_tensors(read_safetensors(path) if Path(path).suffix == ".safetensors" else read_weights(path), path)
+    if any("neck." in k for k in state) and hasattr(method.aligned_criterion, "predictor"): load_official(method, state)
+    else:
+        fill_backbone(method.backbone, path)
+        method.target.load_state_dict(method.online.state_dict())
+    return f"{Path(path).name} {weights_fingerprint(method.backbone)}"
+
+# %% ../nbs/10_interop.ipynb #d681fa28
 detectron2_parts = {f"layer{i}.": f"res{i + 1}." for i in range(1, 5)} | {f"bn{i}.": f"conv{i}.norm." for i in range(1, 4)} | {"downsample.0.": "shortcut.", "downsample.1.": "shortcut.norm."}
 
 def detectron2_name(
@@ -179,7 +192,7 @@ def safetensors_file(state):
 exporters = dict(torchvision=(".pth", torch_file), timm=(".pth", torch_file), detectron2=(".pkl", detectron2_file), safetensors=(".safetensors", safetensors_file))
 export_formats = tuple(exporters)
 
-# %% ../nbs/10_interop.ipynb #debc4ad3
+# %% ../nbs/10_interop.ipynb #e9b9c683
 def export_backbone(
     method, # folder of a finished run, a method (see `lewel.methods`), or its backbone; of one of torchvision's ResNets unless it goes to safetensors
     path=None, # the file to write; in a run's folder by default
@@ -203,7 +216,7 @@ def fits_torchvision(
     with torch.device("meta"): expected = getattr(models, name)(weights=None).state_dict()
     return {k: v.shape for k, v in expected.items() if not k.startswith("fc.")} == {k: v.shape for k, v in state.items()}
 
-# %% ../nbs/10_interop.ipynb #5c728c4c
+# %% ../nbs/10_interop.ipynb #3e3350ee
 def model_card(
     run, # folder of a finished run
     file:str, # name of the weight file

@@ -10,7 +10,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'make_output', 'check_least',
            'train', 'pretrain', 'StopAt']
 
-# %% ../nbs/16_pretrain.ipynb #e8179472
+# %% ../nbs/16_pretrain.ipynb #44b730ea
 import ctypes, math, os, resource, signal, sys, threading, time
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -30,6 +30,7 @@ from .checkpoint import check_same_recipe, load_checkpoint, restore, save_checkp
 from .data import ImageSet, has_split, open_data
 from .diagnostics import diagnose, measure
 from .evaluate.knn import extract_features, frozen, knn_accuracy
+from .interop import start_from
 from .methods import Losses, Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
 from .paper import Recipe, get_recipe, views_of
@@ -37,7 +38,7 @@ from .results import environment, read_record, run_id, write_curve, write_record
 from .target import average_over_ranks, local_statistics, world
 from .views import ViewLoader
 
-# %% ../nbs/16_pretrain.ipynb #b3a7aed1
+# %% ../nbs/16_pretrain.ipynb #e3773442
 def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
@@ -49,7 +50,7 @@ def create_optimizer(
     if recipe.optimizer == "adamw": return torch.optim.AdamW(params, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/16_pretrain.ipynb #9cb101f8
+# %% ../nbs/16_pretrain.ipynb #faf5b63e
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step, and work through each batch in parts."
     def __init__(self, loader, method, optimizer, recipe, device, cbs, accumulate=1):
@@ -83,7 +84,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().float()
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/16_pretrain.ipynb #534380e1
+# %% ../nbs/16_pretrain.ipynb #a4d3bcab
 @patch
 def _do_one_batch(self:Pretraining):
     "Forward and backward for each part of the batch, means over parts and processes, one step."
@@ -106,7 +107,7 @@ def _do_one_batch(self:Pretraining):
     self._with_events(self._step, "step", CancelStepException)
     self.opt.zero_grad()
 
-# %% ../nbs/16_pretrain.ipynb #ad84601f
+# %% ../nbs/16_pretrain.ipynb #3b793ee1
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
     def before_epoch(self):
@@ -125,7 +126,7 @@ class Steps(Callback):
 
     def after_batch(self): self.learn.step += 1
 
-# %% ../nbs/16_pretrain.ipynb #d80c89c7
+# %% ../nbs/16_pretrain.ipynb #94597354
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
     def __init__(self, precision, device):
@@ -143,11 +144,11 @@ class Precision(Callback):
         self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
-# %% ../nbs/16_pretrain.ipynb #db4f2ec8
+# %% ../nbs/16_pretrain.ipynb #fc9fa6a4
 class NonFiniteLoss(RuntimeError):
     "The loss became infinite or not a number."
 
-# %% ../nbs/16_pretrain.ipynb #2269017e
+# %% ../nbs/16_pretrain.ipynb #b6b7d906
 class Curve(Callback):
     "Rows of losses, rates and diagnostics; progress lines; warnings that name a symptom."
     order = 55
@@ -161,7 +162,7 @@ class Curve(Callback):
         self.seconds = self.seconds_before + time.time() - self.started
         if self.learn.step % self.every == 0: self.flush()
 
-# %% ../nbs/16_pretrain.ipynb #00c7b04d
+# %% ../nbs/16_pretrain.ipynb #a331aacb
 @patch
 def flush(self:Curve):
     "Fetch what has gathered, check it, and write a row."
@@ -205,7 +206,7 @@ def show(self:Curve):
     print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
           f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #98a24417
+# %% ../nbs/16_pretrain.ipynb #16e8fe59
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
@@ -237,7 +238,7 @@ class Monitor(Callback):
         self.best = max(self.best, top1)
         if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #677511e2
+# %% ../nbs/16_pretrain.ipynb #37fe8420
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
     def __init__(self, signum, path):
@@ -250,7 +251,9 @@ overdue = [] # SIGALRM, when the time budget of this process is used up
 def time_budget(
     minutes:float, # from now; 0: no limit
 ):
-    "Limit the time of this process: what trains in it then saves its state and raises `Stopped`. Only from the main thread."
+    "Limit the time of this process: what trains in it then saves its state and raises `Stopped`. Only from the main thread. Raises `UserError` for less than 0."
+    if minutes < 0: raise UserError(f"max_minutes={minutes!r} must be at least 0")
+    overdue.clear()
     signal.signal(signal.SIGALRM, lambda signum, frame: overdue.append(signum))
     signal.setitimer(signal.ITIMER_REAL, 60*minutes)
 
@@ -264,7 +267,7 @@ def noting_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_pretrain.ipynb #88fcc08d
+# %% ../nbs/16_pretrain.ipynb #f056b5cf
 def maximum_over_ranks(
     *values:int, # of this process
 )->list: # the largest of all processes
@@ -299,7 +302,7 @@ def check_same(
     values = from_all_ranks(value)
     if any(v != value for v in values): raise UserError(f"the processes differ in {what} ({', '.join(map(str, values))}): all nodes need the same images and one output folder that they share")
 
-# %% ../nbs/16_pretrain.ipynb #286dae7c
+# %% ../nbs/16_pretrain.ipynb #ca99a14d
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -332,7 +335,7 @@ class Checkpoints(Callback):
 
     def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), epoch=self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #94ad97bb
+# %% ../nbs/16_pretrain.ipynb #46a04723
 @patch
 def load(self:Checkpoints,
     learn:Pretraining, # changed in place
@@ -351,7 +354,7 @@ def load(self:Checkpoints,
     if monitor: monitor.best = state["best"]
     return learn.step
 
-# %% ../nbs/16_pretrain.ipynb #678a1ac3
+# %% ../nbs/16_pretrain.ipynb #d1055dde
 class Snapshots(Callback):
     "Keeps the online network's weights in `snapshots/`, evenly spread over the epochs, as EPOCH.pt."
     order = 61
@@ -365,7 +368,7 @@ class Snapshots(Callback):
 
     def after_epoch(self): self.keep(self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #a2b4dc03
+# %% ../nbs/16_pretrain.ipynb #4580a461
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
     def after_batch(self):
@@ -388,7 +391,7 @@ def peak_memory_mb(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/16_pretrain.ipynb #95d9c799
+# %% ../nbs/16_pretrain.ipynb #28deb1e7
 def local_device(
     device:str="auto", # as for `pick_device`
 )->torch.device: # this process's own
@@ -418,7 +421,7 @@ def first_alone():
     finally:
         if first and world()[1] > 1: dist.barrier()
 
-# %% ../nbs/16_pretrain.ipynb #1d42444c
+# %% ../nbs/16_pretrain.ipynb #6a4b08db
 def keep_freed_memory():
     "Ask glibc's malloc to keep freed memory for the next step rather than return it; elsewhere nothing happens."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -427,7 +430,7 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-# %% ../nbs/16_pretrain.ipynb #00c6feb2
+# %% ../nbs/16_pretrain.ipynb #27f76207
 def check_positions(
     method:Method, # to be trained
     size:int, # of its views, pixels
@@ -452,21 +455,24 @@ def finished(
     out:Path, # folder of the run
     recipe:Recipe, # asked for
     fingerprint:str, # of the images
+    builds_on:list, # weights that it starts from
 )->dict: # its record, or None if there is none
-    "The record of a run that is complete, weights and all. Raises `UserError` if it is one of another recipe or other images."
+    "The record of a run that is complete, weights and all. Raises `UserError` if it is one of another recipe, other images or other starting weights."
     if not ((out/"record.json").exists() and (out/"last.pt").exists()): return None
     record = read_record(out)
     check_same_recipe(out, record["recipe"], recipe)
     if record["data"]["fingerprint"] != fingerprint: raise UserError(f"{out} holds a finished run on other images; choose another output folder")
+    if record["builds_on"] != builds_on: raise UserError(f"{out} holds a finished run that started from {', '.join(record['builds_on']) or 'random weights'}; choose another output folder")
     return record
 
-# %% ../nbs/16_pretrain.ipynb #4c376f7d
+# %% ../nbs/16_pretrain.ipynb #452d735f
 def pretrain_record(
     learn:Pretraining, # after training
     images:ImageSet, # trained on
     fingerprint:str, # theirs
     device:torch.device, # trained on
     scale:str, # the run belongs to
+    builds_on:list=(), # weights that it started from
 )->dict: # for `write_record`
     "What a finished run says of itself."
     rows, r = learn.curve.rows, learn.recipe
@@ -476,10 +482,10 @@ def pretrain_record(
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
     record = dict(kind="pretrain", scale=scale, method=r.method, seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
-                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, builds_on=[], warnings=sorted(learn.curve.warned), **environment())
+                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
-# %% ../nbs/16_pretrain.ipynb #cf592ca9
+# %% ../nbs/16_pretrain.ipynb #b1502733
 def prepare_method(
     recipe:Recipe, # which
     backbone:nn.Module=None, # instead of the recipe's
@@ -516,7 +522,7 @@ def check_least(
     for name, (value, least) in values.items():
         if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
 
-# %% ../nbs/16_pretrain.ipynb #fe23748d
+# %% ../nbs/16_pretrain.ipynb #933f2c13
 def train(
     learn:Pretraining, # with its callbacks
     progress:str, # see `pretrain`
@@ -529,7 +535,7 @@ def train(
     if step and progress == "lines": print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
     if learn.first_epoch < learn.recipe.epochs: learn.fit(learn.recipe.epochs)
 
-# %% ../nbs/16_pretrain.ipynb #34566b6c
+# %% ../nbs/16_pretrain.ipynb #3a66bf31
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
@@ -546,6 +552,7 @@ def pretrain(
     backbone:nn.Module=None, # a module to train instead of the one that the recipe names
     cbs=(), # more fastai callbacks, e.g. TensorBoardCallback(trace_model=False, log_preds=False)
     accumulate:int=1, # parts in which a batch goes through the network, one after the other
+    start=None, # weight file to start from, see `lewel.interop.start_from`; None: fresh weights
 )->dict: # the run's record
     "Pretrain a method on images, in all processes of torchrun if it was started by it. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
     out, device = Path(out), local_device(device)
@@ -557,9 +564,10 @@ def pretrain(
         first = world()[0] == 0
         if not first: progress = "none"
         method = prepare_method(recipe, backbone)
+        builds_on = [start_from(method, start)] if start else []
         with first_alone(): images, val = open_pair(data, recipe.size, strict)
         check_same("images", fingerprint := images.fingerprint())
-        done = finished(out, recipe, fingerprint)
+        done = finished(out, recipe, fingerprint, builds_on)
         if (record := from_first_rank(lambda: done)) is not None: return record
         method = method.distribute(device).to(device, memory_format=torch.channels_last)
         loader = make_loader(images, recipe, device, workers, accumulate)
@@ -571,9 +579,9 @@ def pretrain(
                          *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else []), *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             train(learn, progress)
-        return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale)))
+        return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale, builds_on)))
 
-# %% ../nbs/16_pretrain.ipynb #c09bb818
+# %% ../nbs/16_pretrain.ipynb #94cc4df0
 class StopAt(Callback):
     "Ask training to stop after a step, as a signal would: for tests and time budgets."
     order = 59
@@ -581,7 +589,7 @@ class StopAt(Callback):
     def after_batch(self):
         if self.learn.step == self.at: self.checkpoints.signals.append(signal.SIGTERM)
 
-# %% ../nbs/16_pretrain.ipynb #22c32023
+# %% ../nbs/16_pretrain.ipynb #17ce907a
 if __name__ == "__main__" and globals().get("__spec__"):      # python -m lewel.pretrain; not in a notebook
     from lewel.cli import pretrain_command
     sys.exit(pretrain_command())

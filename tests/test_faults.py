@@ -335,3 +335,23 @@ def test_output_folder_that_cannot_be_written(flat, tmp_path, train, monkeypatch
     for out in tmp_path/"file", tmp_path/"file/out":
         done = train(flat, out)
         assert done.code in (1, 2) and done.err.count("\n") == 1 and str(out) in done.err
+
+def test_a_time_budget_saves_and_the_next_call_goes_on(labelled, tmp_path, run, train):
+    "Exit code 142 and one line; then the same weights as without a budget."
+    argv = "--epochs", 4, "--monitor-every", 0
+    done = train(labelled, tmp_path/"out", *argv, "--max-minutes", 0.0001)
+    assert done.code == 142 and "the end of its time budget" in done.err and len(errors(done.err)) == 1, done.err
+    assert not (tmp_path/"out"/"record.json").exists() and (tmp_path/"out"/"last.pt").exists()
+    for out in "out", "whole": assert train(labelled, tmp_path/out, *argv).code == 0
+    assert same(weights(tmp_path/"out"), weights(tmp_path/"whole"))
+    assert train(labelled, tmp_path/"out", *argv, "--max-minutes", -1).code == 2
+
+def test_a_run_moves_to_another_place(labelled, tmp_path, train):
+    "Folder and data copied elsewhere: the same command goes on there, to the same weights."
+    argv = "--epochs", 4, "--monitor-every", 0
+    assert train(labelled, tmp_path/"out", *argv, "--max-minutes", 0.0001).code == 142
+    for old, new in (labelled, "data"), (tmp_path/"out", "moved"): shutil.copytree(old, tmp_path/"elsewhere"/new)
+    shutil.rmtree(tmp_path/"out")
+    assert train(tmp_path/"elsewhere"/"data", tmp_path/"elsewhere"/"moved", *argv).code == 0
+    assert train(labelled, tmp_path/"whole", *argv).code == 0
+    assert same(weights(tmp_path/"elsewhere"/"moved"), weights(tmp_path/"whole"))
