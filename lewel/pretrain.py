@@ -10,7 +10,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'make_output', 'check_least',
            'train', 'pretrain', 'StopAt']
 
-# %% ../nbs/16_pretrain.ipynb #44b730ea
+# %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, math, os, resource, signal, sys, threading, time
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -38,7 +38,7 @@ from .results import environment, read_record, run_id, write_curve, write_record
 from .target import average_over_ranks, local_statistics, world
 from .views import ViewLoader
 
-# %% ../nbs/16_pretrain.ipynb #e3773442
+# %% ../nbs/16_pretrain.ipynb #e3d46988
 def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
@@ -50,7 +50,7 @@ def create_optimizer(
     if recipe.optimizer == "adamw": return torch.optim.AdamW(params, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/16_pretrain.ipynb #faf5b63e
+# %% ../nbs/16_pretrain.ipynb #b718912a
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step, and work through each batch in parts."
     def __init__(self, loader, method, optimizer, recipe, device, cbs, accumulate=1):
@@ -84,7 +84,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().float()
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/16_pretrain.ipynb #a4d3bcab
+# %% ../nbs/16_pretrain.ipynb #1e5396fc
 @patch
 def _do_one_batch(self:Pretraining):
     "Forward and backward for each part of the batch, means over parts and processes, one step."
@@ -107,7 +107,7 @@ def _do_one_batch(self:Pretraining):
     self._with_events(self._step, "step", CancelStepException)
     self.opt.zero_grad()
 
-# %% ../nbs/16_pretrain.ipynb #3b793ee1
+# %% ../nbs/16_pretrain.ipynb #0dd6d1be
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
     def before_epoch(self):
@@ -126,7 +126,7 @@ class Steps(Callback):
 
     def after_batch(self): self.learn.step += 1
 
-# %% ../nbs/16_pretrain.ipynb #94597354
+# %% ../nbs/16_pretrain.ipynb #b227ad18
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
     def __init__(self, precision, device):
@@ -144,11 +144,11 @@ class Precision(Callback):
         self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
-# %% ../nbs/16_pretrain.ipynb #fc9fa6a4
+# %% ../nbs/16_pretrain.ipynb #fe1c4bae
 class NonFiniteLoss(RuntimeError):
     "The loss became infinite or not a number."
 
-# %% ../nbs/16_pretrain.ipynb #b6b7d906
+# %% ../nbs/16_pretrain.ipynb #1d9a8a54
 class Curve(Callback):
     "Rows of losses, rates and diagnostics; progress lines; warnings that name a symptom."
     order = 55
@@ -162,7 +162,7 @@ class Curve(Callback):
         self.seconds = self.seconds_before + time.time() - self.started
         if self.learn.step % self.every == 0: self.flush()
 
-# %% ../nbs/16_pretrain.ipynb #a331aacb
+# %% ../nbs/16_pretrain.ipynb #d751649a
 @patch
 def flush(self:Curve):
     "Fetch what has gathered, check it, and write a row."
@@ -206,7 +206,7 @@ def show(self:Curve):
     print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
           f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #16e8fe59
+# %% ../nbs/16_pretrain.ipynb #8e1df8bc
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
@@ -238,7 +238,7 @@ class Monitor(Callback):
         self.best = max(self.best, top1)
         if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
 
-# %% ../nbs/16_pretrain.ipynb #37fe8420
+# %% ../nbs/16_pretrain.ipynb #7ecdce50
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
     def __init__(self, signum, path):
@@ -254,6 +254,9 @@ def time_budget(
     "Limit the time of this process: what trains in it then saves its state and raises `Stopped`. Only from the main thread. Raises `UserError` for less than 0."
     if minutes < 0: raise UserError(f"max_minutes={minutes!r} must be at least 0")
     overdue.clear()
+    if threading.current_thread() is not threading.main_thread():
+        if minutes: raise UserError("max_minutes can only be set in the main thread: leave it out")
+        return
     signal.signal(signal.SIGALRM, lambda signum, frame: overdue.append(signum))
     signal.setitimer(signal.ITIMER_REAL, 60*minutes)
 
@@ -267,7 +270,7 @@ def noting_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/16_pretrain.ipynb #f056b5cf
+# %% ../nbs/16_pretrain.ipynb #250fe495
 def maximum_over_ranks(
     *values:int, # of this process
 )->list: # the largest of all processes
@@ -302,7 +305,7 @@ def check_same(
     values = from_all_ranks(value)
     if any(v != value for v in values): raise UserError(f"the processes differ in {what} ({', '.join(map(str, values))}): all nodes need the same images and one output folder that they share")
 
-# %% ../nbs/16_pretrain.ipynb #ca99a14d
+# %% ../nbs/16_pretrain.ipynb #d0317d33
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -335,7 +338,7 @@ class Checkpoints(Callback):
 
     def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), epoch=self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #46a04723
+# %% ../nbs/16_pretrain.ipynb #d0cad703
 @patch
 def load(self:Checkpoints,
     learn:Pretraining, # changed in place
@@ -354,7 +357,7 @@ def load(self:Checkpoints,
     if monitor: monitor.best = state["best"]
     return learn.step
 
-# %% ../nbs/16_pretrain.ipynb #d1055dde
+# %% ../nbs/16_pretrain.ipynb #e8ce684c
 class Snapshots(Callback):
     "Keeps the online network's weights in `snapshots/`, evenly spread over the epochs, as EPOCH.pt."
     order = 61
@@ -368,7 +371,7 @@ class Snapshots(Callback):
 
     def after_epoch(self): self.keep(self.epoch + 1)
 
-# %% ../nbs/16_pretrain.ipynb #4580a461
+# %% ../nbs/16_pretrain.ipynb #336cc603
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
     def after_batch(self):
@@ -391,7 +394,7 @@ def peak_memory_mb(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/16_pretrain.ipynb #28deb1e7
+# %% ../nbs/16_pretrain.ipynb #e83e4399
 def local_device(
     device:str="auto", # as for `pick_device`
 )->torch.device: # this process's own
@@ -421,7 +424,7 @@ def first_alone():
     finally:
         if first and world()[1] > 1: dist.barrier()
 
-# %% ../nbs/16_pretrain.ipynb #6a4b08db
+# %% ../nbs/16_pretrain.ipynb #1ebc7202
 def keep_freed_memory():
     "Ask glibc's malloc to keep freed memory for the next step rather than return it; elsewhere nothing happens."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -430,7 +433,7 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-# %% ../nbs/16_pretrain.ipynb #27f76207
+# %% ../nbs/16_pretrain.ipynb #d228198c
 def check_positions(
     method:Method, # to be trained
     size:int, # of its views, pixels
@@ -465,7 +468,7 @@ def finished(
     if record["builds_on"] != builds_on: raise UserError(f"{out} holds a finished run that started from {', '.join(record['builds_on']) or 'random weights'}; choose another output folder")
     return record
 
-# %% ../nbs/16_pretrain.ipynb #452d735f
+# %% ../nbs/16_pretrain.ipynb #e5a700d5
 def pretrain_record(
     learn:Pretraining, # after training
     images:ImageSet, # trained on
@@ -485,7 +488,7 @@ def pretrain_record(
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
-# %% ../nbs/16_pretrain.ipynb #b1502733
+# %% ../nbs/16_pretrain.ipynb #4a6d208a
 def prepare_method(
     recipe:Recipe, # which
     backbone:nn.Module=None, # instead of the recipe's
@@ -522,7 +525,7 @@ def check_least(
     for name, (value, least) in values.items():
         if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
 
-# %% ../nbs/16_pretrain.ipynb #933f2c13
+# %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(
     learn:Pretraining, # with its callbacks
     progress:str, # see `pretrain`
@@ -535,7 +538,7 @@ def train(
     if step and progress == "lines": print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
     if learn.first_epoch < learn.recipe.epochs: learn.fit(learn.recipe.epochs)
 
-# %% ../nbs/16_pretrain.ipynb #3a66bf31
+# %% ../nbs/16_pretrain.ipynb #42d4b755
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
@@ -581,7 +584,7 @@ def pretrain(
             train(learn, progress)
         return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale, builds_on)))
 
-# %% ../nbs/16_pretrain.ipynb #94cc4df0
+# %% ../nbs/16_pretrain.ipynb #31b0f0c3
 class StopAt(Callback):
     "Ask training to stop after a step, as a signal would: for tests and time budgets."
     order = 59
@@ -589,7 +592,7 @@ class StopAt(Callback):
     def after_batch(self):
         if self.learn.step == self.at: self.checkpoints.signals.append(signal.SIGTERM)
 
-# %% ../nbs/16_pretrain.ipynb #17ce907a
+# %% ../nbs/16_pretrain.ipynb #0f8920f3
 if __name__ == "__main__" and globals().get("__spec__"):      # python -m lewel.pretrain; not in a notebook
     from lewel.cli import pretrain_command
     sys.exit(pretrain_command())

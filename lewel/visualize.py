@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'styled', 'FORMATS', 'NOTE', 'QUANTITIES', 'CLAIMS', 'BASE',
            'gather_maps', 'show_training', 'method_of', 'plot_curves', 'plot_table', 'plot_gains', 'plot_ablations',
            'box', 'arrow', 'draw_branch', 'draw_architecture']
 
-# %% ../nbs/27_visualize.ipynb #57c74e01
+# %% ../nbs/27_visualize.ipynb #0a067761
 import io, re, textwrap
 from pathlib import Path
 import matplotlib as mpl, matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .paper import published_gains
 from .results import METHODS, PAIRS
 from .views import apply_views, denormalize, draw_views, luminance, normalize
 
-# %% ../nbs/27_visualize.ipynb #4611ef24
+# %% ../nbs/27_visualize.ipynb #d13e9360
 STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=.85) | {
     "font.family": "DejaVu Sans", "axes.linewidth": .6, "grid.linewidth": .5, "lines.linewidth": .9,
     "figure.dpi": 100, "savefig.bbox": "standard", "svg.hashsalt": "lewel"}
@@ -56,7 +56,7 @@ def finish(
     fig.set_layout_engine("none")
     return fig
 
-# %% ../nbs/27_visualize.ipynb #92250adc
+# %% ../nbs/27_visualize.ipynb #9f8cf919
 def method_colors(
     names, # of methods, or whatever the lines stand for
 )->dict: # name -> RGB
@@ -66,7 +66,7 @@ def method_colors(
     colors = dict(zip((*METHODS, *others), palette + sns.husl_palette(max(0, len(METHODS) + len(others) - len(palette)))))
     return {n: colors[n] for n in dict.fromkeys(names)}
 
-# %% ../nbs/27_visualize.ipynb #36b23ef0
+# %% ../nbs/27_visualize.ipynb #ef722de4
 FORMATS = ".png", ".svg"
 
 @styled
@@ -74,7 +74,7 @@ def save_figure(
     fig:mpl.figure.Figure, # from one of the functions here
     path, # FILE.png (120 dots an inch) or FILE.svg
 )->Path: # `path`
-    "Write a figure atomically; the same figure gives the same bytes. Raises `UserError` for another format."
+    "Write a figure atomically; the same figure gives the same PNG, byte for byte. Raises `UserError` for another format."
     suffix = check_choice("figure format", Path(path).suffix.lower(), FORMATS)
     buffer = io.BytesIO()
     fig.savefig(buffer, format=suffix[1:], dpi=120, metadata=dict(Software=None) if suffix == ".png" else dict(Date=None, Creator=None))
@@ -82,7 +82,7 @@ def save_figure(
     image = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     return atomic_write(path, lambda f: image.save(f, "png", dpi=(120, 120), optimize=True))
 
-# %% ../nbs/27_visualize.ipynb #6daff0f3
+# %% ../nbs/27_visualize.ipynb #90500d6a
 def draw_pair(
     images:MemorySet|FolderSet, # the images, of any sizes
     recipes:tuple, # (ViewRecipe, ViewRecipe), such as `byol_views(64)`
@@ -97,7 +97,7 @@ def draw_pair(
         return apply_views(image[None], draw_views(recipes[v], seed, epoch, [i], v, height, width), recipes[v])
     return tuple(torch.cat([view(image, i, v) for image, i in samples]) for v in range(2))
 
-# %% ../nbs/27_visualize.ipynb #2dbd5c94
+# %% ../nbs/27_visualize.ipynb #160739eb
 def pick_maps(
     maps:torch.Tensor, # B x d x h x w, each sums to 1
     n:int, # how many, at most d
@@ -117,7 +117,7 @@ def pick_maps(
         chosen.append(int(nearest.argmin()))
     return pool[chosen].tolist()
 
-# %% ../nbs/27_visualize.ipynb #27bbad71
+# %% ../nbs/27_visualize.ipynb #ef35dd14
 def overlay(
     ax:mpl.axes.Axes, # where to draw
     view:torch.Tensor, # 3 x H x W, normalized
@@ -130,7 +130,7 @@ def overlay(
     ax.imshow(enlarged, cmap="rocket", vmin=low, vmax=high, alpha=.6)
     ax.set_xlabel(f"{low*weights.numel():.2f}–{high*weights.numel():.2f}", fontsize=5.5, labelpad=1.5)
 
-# %% ../nbs/27_visualize.ipynb #f46ba5bd
+# %% ../nbs/27_visualize.ipynb #3722d8f0
 NOTE = "Color: each map from its own minimum to its own maximum.\nNumbers: these two, relative to a uniform map (1.00)."
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def show_maps(
     picked = pick_maps(torch.cat(maps), n_maps)
     return draw_maps(view1, view2, [m[:, picked] for m in maps], picked, caption)
 
-# %% ../nbs/27_visualize.ipynb #c75e4681
+# %% ../nbs/27_visualize.ipynb #8214a3ef
 def gather_maps(
     run, # folder of a finished run with snapshots
     view1:torch.Tensor, # B x 3 x H x W, normalized
@@ -211,14 +211,14 @@ def show_training(
     for ax, title in zip(axes[0], ("view", *(f"epoch {e}" for e in epochs))): ax.set_title(title, fontsize=7, pad=2)
     return finish(fig, caption, NOTE)
 
-# %% ../nbs/27_visualize.ipynb #9b8e9c66
+# %% ../nbs/27_visualize.ipynb #1e202664
 def method_of(
     label:str, # of a run
 )->str: # the label without its seed
     "What the runs of several seeds have in common."
     return re.sub(r"[- ]s(eed )?\d+(-[0-9a-f]{6})?$", "", label)
 
-# %% ../nbs/27_visualize.ipynb #f781188f
+# %% ../nbs/27_visualize.ipynb #7e9d14bb
 QUANTITIES = dict(loss="loss", knn_top1="kNN top-1, %", map_entropy="entropy of maps / uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
 
 @styled
@@ -241,7 +241,7 @@ def plot_curves(
     fig.legend(handles=[Line2D([], [], color=c, label=m) for m, c in colors.items()], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #b2128257
+# %% ../nbs/27_visualize.ipynb #b0f91806
 @styled
 def plot_table(
     df:pd.DataFrame, # from `lewel.results.make_table`
@@ -263,7 +263,7 @@ def plot_table(
         row[0].set_yticks(range(len(rows)), [f"{r.method} (n = {r.n})" for r in rows.itertuples()])
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #c98ae664
+# %% ../nbs/27_visualize.ipynb #78628016
 CLAIMS = {"linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised", "mIoU": "voc_segmentation", "AP": "voc_detection"} # metric -> column of `published_gains`
 
 @styled
@@ -289,7 +289,7 @@ def plot_gains(
     fig.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #6d065fc2
+# %% ../nbs/27_visualize.ipynb #2f341e69
 @styled
 def plot_ablations(
     table:pd.DataFrame, # from `lewel.results.ablation_table`
@@ -316,7 +316,7 @@ def plot_ablations(
     fig.legend(handles=[Line2D([], [], marker="o", ls="", ms=4, color=method_colors([m])[m], label=m) for m in PAIRS] + [Line2D([], [], ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m]) for m in PAIRS], loc="outside lower center", ncols=4, frameon=False)
     return finish(fig, f"{caption} In bold: the default.")
 
-# %% ../nbs/27_visualize.ipynb #3a608f38
+# %% ../nbs/27_visualize.ipynb #68fb04a9
 BASE, ADDED, PLAIN = "#4878a8", "#d9762b", "#8a8a8a" # of a baseline, of LEWEL, of neither
 
 def box(ax, x, y, text, color, width=1.5, height=.62):
