@@ -410,7 +410,7 @@ def job(
     needs = f"--needs {results}/runs/{parameters['method']}-s{parameters['seed']} " if notebook == "evaluate" else ""
     copy = name if notebook == "supervised" else f"{notebook}-{name}"
     common = dict(scale=settings.scale, device=settings.device, max_minutes=settings.max_minutes)
-    return f"python experiments/run.py experiments/{notebook}.ipynb {results}/notebooks/{copy}.ipynb {results}/work/{name}.{mark} {needs}" + " ".join(f"{k}={v}" for k, v in (common | parameters).items())
+    return f"python experiments/run.py experiments/{notebook}.ipynb {results}/notebooks/{copy}.ipynb {results}/marks/{name}.{mark} {needs}" + " ".join(f"{k}={v}" for k, v in (common | parameters).items())
 
 # %% ../nbs/28_cost.ipynb #d8ef866e
 def run_plan(

@@ -132,7 +132,7 @@ def forget_failures(
 )->list: # the failures that will be tried again
     "Take away the marks of jobs that failed, or whose record is gone."
     results, failures = Path(results), read_failures(results)
-    for mark in (results/"work").glob("*.*"):
+    for mark in (results/"marks").glob("*.*"):
         out = results/{".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations"}[mark.suffix]/mark.stem
         if (out/"failed.json").exists() or mark.suffix != ".ablated" and not (out/"record.json").exists(): mark.unlink()
     return failures
@@ -239,7 +239,7 @@ def verify(
     results, wrong = Path(results), []
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)/results.name
-        shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "work", "tables", "notebooks", ".lock"))
+        shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", "tables", "notebooks", ".lock"))
         for picture in (again/"figures").glob("*.png"): picture.unlink()
         for name in (n for n in PAGE_ORDER if (results/"notebooks"/f"{n}.ipynb").exists()):
             asked = nbformat.read(results/"notebooks"/f"{name}.ipynb", 4).metadata.papermill.parameters

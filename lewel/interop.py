@@ -132,6 +132,7 @@ def load_backbone(
     fill_backbone(net, start)
     return net, dict(method="file", file=Path(start).name, fingerprint=weights_fingerprint(net), **info)
 
+# %% ../nbs/10_interop.ipynb #60da5ab6
 def run_backbone(
     run, # folder of a finished run
     backbone=None, # the module it was trained with, if it was not one that the recipe names

@@ -328,6 +328,7 @@ def arrow(ax, start, end, color, bend=0., style="-|>", line="-"):
     "An arrow from one point to another."
     ax.annotate("", end, start, arrowprops=dict(arrowstyle=style, color=color, lw=1, ls=line, shrinkA=0, shrinkB=0, mutation_scale=7, connectionstyle=f"arc3,rad={bend}"))
 
+# %% ../nbs/27_visualize.ipynb #a371d6e4
 def draw_branch(ax, y, view, target):
     "One network: view, backbone, coupled head, maps, aggregation, embeddings."
     up, down, end = y + .72, y - .72, "'" if target else ""
