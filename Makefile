@@ -37,7 +37,7 @@ test: $(VENV)/installed
 	@$(MAKE) --no-print-directory verify
 
 verify: $(VENV)/installed
-	python experiments/verify.py
+	PYTHONWARNINGS=ignore python experiments/verify.py
 
 bench: $(VENV)/bench
 	lewel-bench

@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'NAMES', 'METHODS_AND_VARIANTS', 'CHOICES', 'LEAST', 'PAG
            'evaluation_groups', 'check_parameters', 'run_notebook', 'run_job', 'forget_failures', 'only_one',
            'notebook_page', 'table_html', 'write_page', 'notebook_text', 'difference', 'verify']
 
-# %% ../nbs/31_experiments.ipynb #3f0aec28
+# %% ../nbs/31_experiments.ipynb #8493623c
 import configparser, fcntl, html, os, shutil, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from .core import UserError, atomic_write, check_choice
 from .paper import recipes
 from .results import METHODS, TABLES, read_failures, write_failure
 
-# %% ../nbs/31_experiments.ipynb #15e5a851
+# %% ../nbs/31_experiments.ipynb #82dcb74b
 @dataclass
 class Settings:
     "How the experiments run."
@@ -61,7 +61,7 @@ def read_settings(
     if "seeds" in given: values = {k: v for k, v in values.items() if k not in ("dense_seeds", "ablation_seeds")}
     return Settings(**values | given, **{section: dict(parser[section]) for section in SECTIONS if section in parser})
 
-# %% ../nbs/31_experiments.ipynb #2b6c3bb3
+# %% ../nbs/31_experiments.ipynb #8d4768f1
 def evaluation_groups(
     settings:Settings, # whose scale
 )->dict: # end of an evaluation's name -> (data, protocols, seeds)
@@ -72,7 +72,7 @@ def evaluation_groups(
         if where := getattr(settings, task).get(settings.scale): dense.setdefault(where, []).append(task)
     return {"": (settings.data[settings.scale], ["knn", "linear", "semi"], settings.seeds)} | {"-" + "-".join(tasks): (where, tasks, settings.dense_seeds) for where, tasks in dense.items()}
 
-# %% ../nbs/31_experiments.ipynb #58405a04
+# %% ../nbs/31_experiments.ipynb #953101d3
 METHODS_AND_VARIANTS = (*METHODS, "lewel_b_syncbn")
 CHOICES = dict(scale=tuple(recipes), method=METHODS_AND_VARIANTS, protocols=("knn", *TABLES))   # parameter -> words it may hold
 LEAST = dict(seed=0, seeds=1, workers=0, max_minutes=0) # parameter -> smallest value
@@ -104,7 +104,7 @@ def run_notebook(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../nbs/31_experiments.ipynb #c5b008b9
+# %% ../nbs/31_experiments.ipynb #7d4f9c21
 def run_job(
     notebook, # path
     copy, # path of the executed copy
@@ -137,7 +137,7 @@ def forget_failures(
         if (out/"failed.json").exists() or mark.suffix != ".ablated" and not (out/"record.json").exists(): mark.unlink()
     return failures
 
-# %% ../nbs/31_experiments.ipynb #e37021fe
+# %% ../nbs/31_experiments.ipynb #61d39200
 @contextmanager
 def only_one(
     results, # folder of a scale
@@ -149,7 +149,7 @@ def only_one(
         except BlockingIOError: raise UserError(f"another reproduction is at work in {results}: wait for it to end, or use another clone") from None
         yield file.fileno()
 
-# %% ../nbs/31_experiments.ipynb #78ea50bc
+# %% ../nbs/31_experiments.ipynb #de026f23
 PAGE_ORDER = dict( # notebook -> (heading, tables, figures)
     figure_architecture=("The method", (), ("architecture",)),
     table_linear=("Table 1. Linear and kNN classification", ("linear",), ("linear",)),
@@ -185,7 +185,7 @@ def table_html(
     if "runs" in table: table = table.assign(runs=[" ".join(link(i) for i in html.unescape(ids).split()) for ids in table.runs])
     return f'<div class="wide">{table.to_html(index=False, escape=False, border=0)}</div>'
 
-# %% ../nbs/31_experiments.ipynb #36de0fbb
+# %% ../nbs/31_experiments.ipynb #57608c87
 def write_page(
     results, # folder of a scale
 )->Path: # its index.html
@@ -206,15 +206,15 @@ def write_page(
     intro = f"<h1>LEWEL, scale {results.name}</h1>\n<p>{'Wiring test only: these numbers mean nothing.' if results.name == 'smoke' else 'Every number comes from a recorded run; the six digits in the last column of a table lead to it.'}</p>"
     return atomic_write(results/"index.html", _document(f"LEWEL, scale {results.name}", "\n".join([intro, *parts])))
 
-# %% ../nbs/31_experiments.ipynb #23ccfc70
+# %% ../nbs/31_experiments.ipynb #d1e36bc0
 def notebook_text(
     path, # of an executed notebook
 )->list: # lines
-    "What a notebook's cells print and show as text, but for the names of objects."
+    "What a notebook's cells print and show as text, but for the names of objects. Warnings and progress (standard error) are no part of a result."
     import nbformat
-    outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
-    texts = [o.text if o.output_type == "stream" else o.get("data", {}).get("text/plain", "") for o in outputs]
-    return [line.rstrip() for t in texts for line in t.splitlines() if not line.startswith("<")]
+    outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") != "stderr"]
+    text = "".join(o.text if o.output_type == "stream" else o.get("data", {}).get("text/plain", "") + "\n" for o in outputs)
+    return [line.rstrip() for line in text.splitlines() if not line.startswith("<")]
 
 def difference(
     old:Path, # as it is kept
