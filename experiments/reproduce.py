@@ -3,9 +3,8 @@
 With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing."""
 import os, subprocess, sys
 from pathlib import Path
-from lewel.core import UserError
+from lewel.core import UserError, read_failures
 from lewel.experiments import evaluation_groups, forget_failures, only_one, read_settings, write_page
-from lewel.results import read_failures
 
 def main():
     settings = read_settings()

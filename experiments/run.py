@@ -4,8 +4,7 @@ run.py NOTEBOOK EXECUTED-COPY NAME=VALUE ...                             a table
 run.py NOTEBOOK EXECUTED-COPY MARK [--needs FOLDER] NAME=VALUE ...       a job: MARK is left when it is over, failed or not"""
 import sys
 from papermill.exceptions import PapermillExecutionError
-from lewel.cli import parse_option
-from lewel.core import UserError
+from lewel.core import UserError, parse_option
 from lewel.experiments import run_job, run_notebook
 
 if __name__ == "__main__":

@@ -7,18 +7,14 @@ __all__ = ['SECTIONS', 'NAMES', 'METHODS_AND_VARIANTS', 'CHOICES', 'LEAST', 'PAG
            'evaluation_groups', 'check_parameters', 'run_notebook', 'run_job', 'forget_failures', 'only_one',
            'notebook_page', 'table_html', 'write_page', 'notebook_text', 'difference', 'verify']
 
-# %% ../nbs/31_experiments.ipynb #8493623c
+# %% ../nbs/31_experiments.ipynb #e0be5f4b
 import configparser, fcntl, html, os, shutil, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd
-from PIL import Image
-from .core import UserError, atomic_write, check_choice
-from .paper import recipes
-from .results import METHODS, TABLES, read_failures, write_failure
+from .core import METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, read_failures, write_failure
 
-# %% ../nbs/31_experiments.ipynb #82dcb74b
+# %% ../nbs/31_experiments.ipynb #2ce07fdb
 @dataclass
 class Settings:
     "How the experiments run."
@@ -35,7 +31,7 @@ class Settings:
     instance:dict=field(default_factory=dict) # scale -> a folder with boxes and masks, in COCO's layout
 
     def __post_init__(self):
-        check_choice("scale", self.scale, recipes)
+        check_choice("scale", self.scale, SCALES)
         for name, least in dict(seeds=1, dense_seeds=0, ablation_seeds=0, workers=0, max_minutes=0).items():
             value = getattr(self, name)
             if value is None: setattr(self, name, self.seeds); continue
@@ -54,14 +50,14 @@ def read_settings(
     parser.read(path)
     for section in parser.sections():
         for key in parser[check_choice(f"section of {path}", section, ("experiments", *SECTIONS))]:
-            check_choice(f"key in [{section}] of {path}", key, NAMES if section == "experiments" else recipes)
+            check_choice(f"key in [{section}] of {path}", key, NAMES if section == "experiments" else SCALES)
     for name in overrides: check_choice("setting", name, NAMES)
     given = {n: os.environ[f"LEWEL_{n.upper()}"] for n in NAMES if os.environ.get(f"LEWEL_{n.upper()}")} | {n: v for n, v in overrides.items() if v is not None}
     values = dict(parser["experiments"]) if "experiments" in parser else {}
     if "seeds" in given: values = {k: v for k, v in values.items() if k not in ("dense_seeds", "ablation_seeds")}
     return Settings(**values | given, **{section: dict(parser[section]) for section in SECTIONS if section in parser})
 
-# %% ../nbs/31_experiments.ipynb #8d4768f1
+# %% ../nbs/31_experiments.ipynb #b8bd4ffe
 def evaluation_groups(
     settings:Settings, # whose scale
 )->dict: # end of an evaluation's name -> (data, protocols, seeds)
@@ -72,9 +68,9 @@ def evaluation_groups(
         if where := getattr(settings, task).get(settings.scale): dense.setdefault(where, []).append(task)
     return {"": (settings.data[settings.scale], ["knn", "linear", "semi"], settings.seeds)} | {"-" + "-".join(tasks): (where, tasks, settings.dense_seeds) for where, tasks in dense.items()}
 
-# %% ../nbs/31_experiments.ipynb #953101d3
+# %% ../nbs/31_experiments.ipynb #c0e64f82
 METHODS_AND_VARIANTS = (*METHODS, "lewel_b_syncbn")
-CHOICES = dict(scale=tuple(recipes), method=METHODS_AND_VARIANTS, protocols=("knn", *TABLES))   # parameter -> words it may hold
+CHOICES = dict(scale=SCALES, method=METHODS_AND_VARIANTS, protocols=PROTOCOLS)   # parameter -> words it may hold
 LEAST = dict(seed=0, seeds=1, workers=0, max_minutes=0) # parameter -> smallest value
 
 def check_parameters(
@@ -104,7 +100,7 @@ def run_notebook(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../nbs/31_experiments.ipynb #7d4f9c21
+# %% ../nbs/31_experiments.ipynb #01289238
 def run_job(
     notebook, # path
     copy, # path of the executed copy
@@ -137,7 +133,7 @@ def forget_failures(
         if (out/"failed.json").exists() or mark.suffix != ".ablated" and not (out/"record.json").exists(): mark.unlink()
     return failures
 
-# %% ../nbs/31_experiments.ipynb #61d39200
+# %% ../nbs/31_experiments.ipynb #d964f85e
 @contextmanager
 def only_one(
     results, # folder of a scale
@@ -149,7 +145,7 @@ def only_one(
         except BlockingIOError: raise UserError(f"another reproduction is at work in {results}: wait for it to end, or use another clone") from None
         yield file.fileno()
 
-# %% ../nbs/31_experiments.ipynb #de026f23
+# %% ../nbs/31_experiments.ipynb #252bec5e
 PAGE_ORDER = dict( # notebook -> (heading, tables, figures)
     figure_architecture=("The method", (), ("architecture",)),
     table_linear=("Table 1. Linear and kNN classification", ("linear",), ("linear",)),
@@ -176,20 +172,22 @@ def notebook_page(
     return atomic_write(Path(notebook).with_suffix(".html"), _document(Path(notebook).stem, f'<p><a href="../index.html">all results</a></p>\n{body}'))
 
 def table_html(
-    table:pd.DataFrame, # with a column `runs`, of ids; else as it is
+    table, # DataFrame with a column `runs`, of ids; else as it is
     places:dict, # id -> path of its record, relative to the page
 )->str: # HTML
     "A table whose runs are links."
+    import pandas as pd
     link = lambda i: f'<a href="{places[i]}" title="{i}">{i.rsplit("-", 1)[-1]}</a>' if i in places else html.escape(i)
     table = table.map(lambda v: "" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else html.escape(str(v)))
     if "runs" in table: table = table.assign(runs=[" ".join(link(i) for i in html.unescape(ids).split()) for ids in table.runs])
     return f'<div class="wide">{table.to_html(index=False, escape=False, border=0)}</div>'
 
-# %% ../nbs/31_experiments.ipynb #57608c87
+# %% ../nbs/31_experiments.ipynb #be4e4ddd
 def write_page(
     results, # folder of a scale
 )->Path: # its index.html
     "Write the page from the tables, figures, executed notebooks and records that are there."
+    import pandas as pd
     from lewel.results import read_records
     results, parts, places = Path(results), [], {}
     for path in sorted(results.rglob("record.json")): places[read_records(path.parent)[0]["id"]] = path.relative_to(results).as_posix()
@@ -206,7 +204,7 @@ def write_page(
     intro = f"<h1>LEWEL, scale {results.name}</h1>\n<p>{'Wiring test only: these numbers mean nothing.' if results.name == 'smoke' else 'Every number comes from a recorded run; the six digits in the last column of a table lead to it.'}</p>"
     return atomic_write(results/"index.html", _document(f"LEWEL, scale {results.name}", "\n".join([intro, *parts])))
 
-# %% ../nbs/31_experiments.ipynb #d1e36bc0
+# %% ../nbs/31_experiments.ipynb #f199cc40
 def notebook_text(
     path, # of an executed notebook
 )->list: # lines
@@ -224,6 +222,8 @@ def difference(
     if not new.exists(): return f"{old} is not made by any notebook"
     if not old.exists(): return f"{old} is missing"
     if old.suffix == ".png":
+        import numpy as np
+        from PIL import Image
         a, b = (np.asarray(Image.open(p).convert("RGB")) for p in (old, new))
         return None if a.shape == b.shape and (a == b).all() else f"{old} shows something else than the records say"
     a, b = (notebook_text(p) if p.suffix == ".ipynb" else p.read_text().splitlines() for p in (old, new))

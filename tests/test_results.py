@@ -3,7 +3,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from lewel.cost import write_cost
-from lewel.results import make_table, read_failures, read_record, read_records, write_table
+from lewel.core import read_failures
+from lewel.results import make_table, read_record, read_records, write_table
 
 root = Path(__file__).resolve().parent.parent
 demo = root/"results"/"demo"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'mask_sets', 'box_sets', 'Given', 'Protocol', 'Partial', 'describe', 'evaluate']
 
-# %% ../../nbs/26_evaluate_run.ipynb #af196329
+# %% ../../nbs/26_evaluate_run.ipynb #1423004d
 import json, time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..masks import open_masks
 from ..pretrain import Stopped, overdue, peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
-# %% ../../nbs/26_evaluate_run.ipynb #d59e37ac
+# %% ../../nbs/26_evaluate_run.ipynb #3cb0f5cd
 def evaluation_sets(
     data, # "scenes", "imagenette", a folder with train/ and val/, or a pair of labelled `ImageSet`s
     size:int, # pixels, of generated images
@@ -49,7 +49,7 @@ def box_sets(data, size:int, strict:bool=False)->tuple:
     "Training and test part of a set with boxes, see `open_boxes`; or a pair of `BoxSet`s as it is."
     return data if isinstance(data, tuple) else tuple(open_boxes(data, split, size) for split in ("train", "test"))
 
-# %% ../../nbs/26_evaluate_run.ipynb #2698714b
+# %% ../../nbs/26_evaluate_run.ipynb #0e32b8ef
 class Given(NamedTuple):
     "What a protocol may need beside backbone, images and settings."
     size:int # pixels the backbone is shown
@@ -73,7 +73,7 @@ protocols = dict(
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
     instance=Protocol(box_sets, INSTANCE, lambda b, train, test, p, given: {f"instance_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()}))
 
-# %% ../../nbs/26_evaluate_run.ipynb #0f3ce318
+# %% ../../nbs/26_evaluate_run.ipynb #05a84909
 class Partial:
     "The numbers of the protocols that are done, in a file beside the record to come."
     def __init__(self,
@@ -90,7 +90,7 @@ class Partial:
         self.done, self.seconds = self.done | {name: metrics}, self.seconds | {name: seconds}
         atomic_write(self.path, json.dumps(dict(identity=self.identity, done=self.done, seconds=self.seconds)))
 
-# %% ../../nbs/26_evaluate_run.ipynb #ea0ac63f
+# %% ../../nbs/26_evaluate_run.ipynb #e5866582
 def describe(
     info:dict, # from `load_backbone`
     backbone, # as named by the user
@@ -106,7 +106,7 @@ def describe(
     data = dict(name=" + ".join(dict.fromkeys(test.name for _, test in sets.values())), fingerprint=" ".join(part.fingerprint() for pair in sets.values() for part in pair))
     return dict(kind="evaluation", scale=scale, method=info["method"], seed=info["seed"], recipe=recipe, builds_on=info["builds_on"], data=data)
 
-# %% ../../nbs/26_evaluate_run.ipynb #dd25e260
+# %% ../../nbs/26_evaluate_run.ipynb #8d548bea
 def evaluate(
     start, # folder of a finished run, a weight file (see `load_backbone`), or "random"
     data, # "scenes", or a folder in a layout that the protocols can read; or a pair (train, test) of sets
