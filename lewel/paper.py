@@ -6,14 +6,14 @@
 __all__ = ['paper_recipes', 'recipes', 'ablation_epochs', 'published', 'published_gains', 'imagenette_anchor', 'Recipe',
            'views_of', 'check_recipe', 'get_recipe', 'ablation_factors', 'ablation_runs', 'paper_value']
 
-# %% ../nbs/12_paper.ipynb #600db4df
+# %% ../nbs/12_paper.ipynb #61af0b9e
 from dataclasses import asdict, dataclass, field, fields, replace
 import pandas as pd
 from .core import SCALES, UserError, check_choice
 from .methods import check_options, method_defaults
 from .views import ViewRecipe, byol_views, mocov2_views
 
-# %% ../nbs/12_paper.ipynb #bd91e311
+# %% ../nbs/12_paper.ipynb #f17729d4
 @dataclass(frozen=True)
 class Recipe:
     "How to pretrain. Sizes in pixels; the learning rate is absolute, not scaled by the batch size."
@@ -42,7 +42,7 @@ class Recipe:
         for k in values: check_choice("recipe setting", k, [f.name for f in fields(self)])
         return replace(self, **values)
 
-# %% ../nbs/12_paper.ipynb #571ed8d8
+# %% ../nbs/12_paper.ipynb #3f19ca98
 def views_of(
     recipe:Recipe, # which views
 )->tuple: # two `ViewRecipe`s
@@ -73,7 +73,7 @@ def check_recipe(
     if r.seed < 0: raise UserError(f"seed={r.seed!r} must be at least 0")
     views_of(r)
 
-# %% ../nbs/12_paper.ipynb #9a79a2c9
+# %% ../nbs/12_paper.ipynb #5bab0566
 _moco = dict(views="mocov2", batch_size=256, epochs=200, warmup_epochs=0, optimizer="sgd", lr=0.03, weight_decay=1e-4)
 paper_recipes = dict(
     mocov2=Recipe("mocov2", **_moco),
@@ -83,13 +83,13 @@ paper_recipes = dict(
     lewel_b_syncbn=Recipe("lewel_b", batch_size=4096, epochs=400, warmup_epochs=10, lr=7.2, weight_decay=1e-6, adapt_head_norms=True, precision="float16",
                           options=dict(target_norm="params", base_momentum=0.996)))
 
-# %% ../nbs/12_paper.ipynb #5411d4a8
+# %% ../nbs/12_paper.ipynb #d91590f4
 _nette = dict(backbone="resnet18", size=128, batch_size=256, epochs=200, warmup_epochs=0, optimizer="sgd", lr=0.06, weight_decay=5e-4)
-_nette_momentum = dict(base_momentum=0.99, cosine_momentum=False)
-_nette_queue = dict(**_nette_momentum, queue_size=4096, temperature=0.1, symmetric=True, target_norm="eman")
+_nette_momentum = dict(base_momentum=0.99, cosine_momentum=False, target_norm="params")
+_nette_queue = dict(**_nette_momentum, queue_size=4096, temperature=0.1, symmetric=True)
 _demo = dict(backbone="small", size=64, batch_size=64, epochs=14, warmup_epochs=1, weight_decay=1e-4, view_options=dict(area=[0.5, 1.], flip=0.))
 _demo_byol = dict(dim=64, hidden_dim=256, base_momentum=0.98, target_norm="params")
-_demo_moco = dict(dim=64, base_momentum=0.98, queue_size=1024, temperature=0.2, symmetric=True, target_norm="eman")
+_demo_moco = dict(dim=64, base_momentum=0.98, queue_size=1024, temperature=0.2, symmetric=True, target_norm="params")
 _demo_training = dict(byol_training=dict(optimizer="sgd", lr=0.1), moco_training=dict(optimizer="adamw", lr=2e-3, weight_decay=0.01))
 _smoke = dict(size=32, batch_size=16, epochs=2, warmup_epochs=0)
 
@@ -113,7 +113,7 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
 
-# %% ../nbs/12_paper.ipynb #fa38c70a
+# %% ../nbs/12_paper.ipynb #83d01dd3
 ablation_epochs = dict(smoke=1, demo=7, imagenette=200, paper=100)
 
 def ablation_factors(
@@ -141,7 +141,7 @@ def ablation_runs(
     values = list(factors[check_choice("factor", factor, ["default", *factors])].items())[1:]
     return {f"{method}-{factor}-{label}".replace(" ", "-"): recipe(method).changed(options=recipe(method).options | change) for label, change in values}
 
-# %% ../nbs/12_paper.ipynb #7c4f758a
+# %% ../nbs/12_paper.ipynb #0d8fefa6
 _lewel, _emans, _moco2 = "LEWEL authors' README", "EMAN authors' README", "MoCo authors' README"
 _later = "quoted by a later paper"
 published = pd.DataFrame([(method, epochs, task, metric, value, source) for method, epochs, task, values, source in [
@@ -170,7 +170,7 @@ published = pd.DataFrame([(method, epochs, task, metric, value, source) for meth
     ("lewel_m", 200, "COCO FPN 1x", dict(box_ap=40.0, box_ap50=59.8, box_ap75=43.7, mask_ap=36.1, mask_ap50=57.0, mask_ap75=38.7), _later),
 ] for metric, value in values.items()], columns=["method", "epochs", "task", "metric", "value", "source"])
 
-# %% ../nbs/12_paper.ipynb #c5f59156
+# %% ../nbs/12_paper.ipynb #2ee98d63
 def paper_value(
     method:str, # ours: "mocov2", "lewel_m", "byol" or "lewel_b"
     task:str, # as in `published`
@@ -183,9 +183,9 @@ def paper_value(
         if len(found): return found.value.item()
     return float("nan")
 
-# %% ../nbs/12_paper.ipynb #0135642e
+# %% ../nbs/12_paper.ipynb #09eb5775
 published_gains = pd.DataFrame(dict(
     baseline=["mocov2", "byol"], linear=[1.6, 1.3], semi_supervised=[1.3, 1.3], voc_segmentation=[0.5, 0.7], voc_detection=[0.4, 0.6])).set_index("baseline")
 
-# %% ../nbs/12_paper.ipynb #a6fadba4
+# %% ../nbs/12_paper.ipynb #378bfd61
 imagenette_anchor = pd.DataFrame(dict(epochs_200=dict(byol=70.5, mocov2=78.6, simclr=83.5, swav=86.1, dino=87.3), epochs_800=dict(byol=88.7, mocov2=87.4, simclr=88.9, swav=90.2, dino=88.8)))
