@@ -7,14 +7,14 @@ __all__ = ['SECTIONS', 'NAMES', 'METHODS_AND_VARIANTS', 'CHOICES', 'LEAST', 'PAG
            'evaluation_groups', 'check_parameters', 'run_notebook', 'run_job', 'forget_failures', 'only_one',
            'notebook_page', 'table_html', 'write_page', 'notebook_text', 'difference', 'verify']
 
-# %% ../nbs/31_experiments.ipynb #e0be5f4b
+# %% ../nbs/31_experiments.ipynb #a8395319
 import configparser, fcntl, html, os, shutil, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, read_failures, write_failure
 
-# %% ../nbs/31_experiments.ipynb #2ce07fdb
+# %% ../nbs/31_experiments.ipynb #6db4f01a
 @dataclass
 class Settings:
     "How the experiments run."
@@ -57,7 +57,7 @@ def read_settings(
     if "seeds" in given: values = {k: v for k, v in values.items() if k not in ("dense_seeds", "ablation_seeds")}
     return Settings(**values | given, **{section: dict(parser[section]) for section in SECTIONS if section in parser})
 
-# %% ../nbs/31_experiments.ipynb #b8bd4ffe
+# %% ../nbs/31_experiments.ipynb #3f44526f
 def evaluation_groups(
     settings:Settings, # whose scale
 )->dict: # end of an evaluation's name -> (data, protocols, seeds)
@@ -68,7 +68,7 @@ def evaluation_groups(
         if where := getattr(settings, task).get(settings.scale): dense.setdefault(where, []).append(task)
     return {"": (settings.data[settings.scale], ["knn", "linear", "semi"], settings.seeds)} | {"-" + "-".join(tasks): (where, tasks, settings.dense_seeds) for where, tasks in dense.items()}
 
-# %% ../nbs/31_experiments.ipynb #c0e64f82
+# %% ../nbs/31_experiments.ipynb #e5e81434
 METHODS_AND_VARIANTS = (*METHODS, "lewel_b_syncbn")
 CHOICES = dict(scale=SCALES, method=METHODS_AND_VARIANTS, protocols=PROTOCOLS)   # parameter -> words it may hold
 LEAST = dict(seed=0, seeds=1, workers=0, max_minutes=0) # parameter -> smallest value
@@ -100,7 +100,7 @@ def run_notebook(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../nbs/31_experiments.ipynb #01289238
+# %% ../nbs/31_experiments.ipynb #d4fa9c22
 def run_job(
     notebook, # path
     copy, # path of the executed copy
@@ -133,7 +133,7 @@ def forget_failures(
         if (out/"failed.json").exists() or mark.suffix != ".ablated" and not (out/"record.json").exists(): mark.unlink()
     return failures
 
-# %% ../nbs/31_experiments.ipynb #d964f85e
+# %% ../nbs/31_experiments.ipynb #dea75aeb
 @contextmanager
 def only_one(
     results, # folder of a scale
@@ -145,7 +145,7 @@ def only_one(
         except BlockingIOError: raise UserError(f"another reproduction is at work in {results}: wait for it to end, or use another clone") from None
         yield file.fileno()
 
-# %% ../nbs/31_experiments.ipynb #252bec5e
+# %% ../nbs/31_experiments.ipynb #efad0cfe
 PAGE_ORDER = dict( # notebook -> (heading, tables, figures)
     figure_architecture=("The method", (), ("architecture",)),
     table_linear=("Table 1. Linear and kNN classification", ("linear",), ("linear",)),
@@ -178,11 +178,11 @@ def table_html(
     "A table whose runs are links."
     import pandas as pd
     link = lambda i: f'<a href="{places[i]}" title="{i}">{i.rsplit("-", 1)[-1]}</a>' if i in places else html.escape(i)
-    table = table.map(lambda v: "" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else html.escape(str(v)))
+    table = table.map(lambda v: "" if pd.isna(v) or v is False else "yes" if v is True else f"{v:.2f}" if isinstance(v, float) else html.escape(str(v)))
     if "runs" in table: table = table.assign(runs=[" ".join(link(i) for i in html.unescape(ids).split()) for ids in table.runs])
     return f'<div class="wide">{table.to_html(index=False, escape=False, border=0)}</div>'
 
-# %% ../nbs/31_experiments.ipynb #be4e4ddd
+# %% ../nbs/31_experiments.ipynb #306d5694
 def write_page(
     results, # folder of a scale
 )->Path: # its index.html
@@ -204,7 +204,7 @@ def write_page(
     intro = f"<h1>LEWEL, scale {results.name}</h1>\n<p>{'Wiring test only: these numbers mean nothing.' if results.name == 'smoke' else 'Every number comes from a recorded run; the six digits in the last column of a table lead to it.'}</p>"
     return atomic_write(results/"index.html", _document(f"LEWEL, scale {results.name}", "\n".join([intro, *parts])))
 
-# %% ../nbs/31_experiments.ipynb #f199cc40
+# %% ../nbs/31_experiments.ipynb #63d34fa4
 def notebook_text(
     path, # of an executed notebook
 )->list: # lines

@@ -8,7 +8,7 @@ __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPE
            'read_curve', 'summarize', 'add_missing', 'make_table', 'gain_table', 'conclude', 'ablation_table',
            'write_table']
 
-# %% ../nbs/13_results.ipynb #e91c2ea5
+# %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -22,7 +22,7 @@ import lewel
 from .core import METHODS, SCALES, UserError, atomic_write, check_choice, warn
 from .paper import ablation_factors, ablation_runs, paper_value
 
-# %% ../nbs/13_results.ipynb #9daf0ce3
+# %% ../nbs/13_results.ipynb #3656611e
 def git_state(
     folder=Path(lewel.__file__).parent, # folder of source files
 )->dict|None: # commit and dirty flag; None if git does not track the folder's files
@@ -31,7 +31,7 @@ def git_state(
     try: return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py"))) if git("ls-files", "--", "*.py") else None
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/13_results.ipynb #fb77db80
+# %% ../nbs/13_results.ipynb #8f8ee0b4
 def cpu_model()->str: # such as "Intel(R) Xeon(R) CPU @ 2.20GHz"
     "Name of the processor, as far as the system tells."
     info = Path("/proc/cpuinfo")
@@ -50,7 +50,7 @@ def environment(
                 hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-# %% ../nbs/13_results.ipynb #e471663f
+# %% ../nbs/13_results.ipynb #dd8bbb7d
 IDENTITY = "kind", "scale", "method", "recipe", "seed", "builds_on"
 
 def run_id(
@@ -70,7 +70,7 @@ def check_keys(
     for k in keys:
         if k not in record: raise UserError(f"record of {record.get('method', 'a run')!r} has no {k!r}: add it before writing")
 
-# %% ../nbs/13_results.ipynb #2ec6bce4
+# %% ../nbs/13_results.ipynb #eb840206
 def plain(
     value, # nested dicts and sequences of numbers, strings and scalars of numpy or torch
     key:str="record", # where it stands, for the message
@@ -83,7 +83,7 @@ def plain(
     if value is None or isinstance(value, (str, bool, int)): return value
     raise UserError(f"{key} is a {type(value).__name__}, which a record cannot hold: use numbers, strings, lists and dicts")
 
-# %% ../nbs/13_results.ipynb #a0126a11
+# %% ../nbs/13_results.ipynb #8204bb28
 REQUIRED = "kind", "id", "scale", "method", "seed", "recipe", "metrics", "git", "versions", "hardware", "data", "seconds", "builds_on", "created"
 REQUIRED_PRETRAIN = "images_per_second", "peak_memory_mb"
 
@@ -108,7 +108,7 @@ def read_record(
     if not isinstance(record, dict) or "id" not in record: raise UserError(f"{path} is not a record of a run: repeat the run")
     return record
 
-# %% ../nbs/13_results.ipynb #5c28ddf4
+# %% ../nbs/13_results.ipynb #afe3eaff
 def read_records(
     root, # folder, searched with everything below it
 )->list: # records, sorted by id
@@ -119,7 +119,7 @@ def read_records(
         except UserError as e: warn(f"left out: {e}")
     return sorted(records, key=lambda r: r["id"])
 
-# %% ../nbs/13_results.ipynb #da050cfa
+# %% ../nbs/13_results.ipynb #71f77b7c
 CURVE = "step", "epoch", "loss", "global_loss", "aligned_loss", "lr", "momentum", "feature_std", "effective_rank", "mean_cosine", "map_entropy"
 
 def write_curve(
@@ -139,7 +139,7 @@ def read_curve(
     if not path.exists(): raise UserError(f"{path} does not exist: has the run started?")
     return pd.read_csv(path, dtype=str).astype(float)      # Python's own conversion: every digit
 
-# %% ../nbs/13_results.ipynb #4f14f1f7
+# %% ../nbs/13_results.ipynb #a8a87c07
 def _rank(name, order): return (order.index(name) if name in order else len(order), name)
 
 def _row(scale, method, runs, metrics):
@@ -166,7 +166,7 @@ def summarize(
     columns = ["method", "scale", "seeds", "n", *(f"{label} {what}" for label in metrics.values() for what in ("mean", "std")), "runs"]
     return pd.DataFrame([_row(*g, groups[g], metrics) for g in order], columns=columns)
 
-# %% ../nbs/13_results.ipynb #37593c21
+# %% ../nbs/13_results.ipynb #b5a0620c
 TABLES = dict( # name -> metric in the records -> label
     linear=dict(knn_top1="kNN top-1", knn20_top1="kNN-20 top-1", linear_top1="linear top-1", linear_top5="linear top-5"),
     semi=dict(semi1_top1="1% top-1", semi1_top5="1% top-5", semi10_top1="10% top-1", semi10_top5="10% top-5"),
@@ -205,7 +205,7 @@ def make_table(
         if values.notna().any(): table.insert(table.columns.get_loc(f"{TABLES[name][metric]} std") + 1, f"{TABLES[name][metric]} paper", values)
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
 
-# %% ../nbs/13_results.ipynb #ba003ebc
+# %% ../nbs/13_results.ipynb #39325569
 PAIRS = dict(lewel_m="mocov2", lewel_b="byol") # method -> its baseline
 
 def gain_table(
@@ -231,13 +231,13 @@ def conclude(
     words = lambda r: "one seed says nothing about spread" if math.isnan(r.low) else "the same in every seed, which leaves no spread to judge by" if r.low == r.high else "better" if r.low > 0 else "worse" if r.high < 0 else "no difference beyond the spread of seeds"
     return [f"{r.method} over {r.baseline}, {r.metric}: {r.mean:+.2f} points" + (f", 95% interval {r.low:+.2f} to {r.high:+.2f} ({r.n} seeds)" if r.n > 1 else "") + f": {words(r)}" for r in gains.itertuples()]
 
-# %% ../nbs/13_results.ipynb #f3db0180
+# %% ../nbs/13_results.ipynb #3fcd9c1f
 def ablation_table(
     runs:list, # records of pretraining
     evaluations:list, # that build on them
     metrics:dict, # metric in the records -> label in the table
     scale:str, # of all of them
-)->pd.DataFrame: # factor, value, method, default, seeds, n, "LABEL mean" and "LABEL std" for each metric, map entropy, scale, runs
+)->pd.DataFrame: # factor, value, method, default, seeds, n, "LABEL mean" and "LABEL std" for each metric, map entropy (percent of the uniform map's), scale, runs
     "Mean and standard deviation for each value of each factor, and of the plain baselines (factor \"baseline\")."
     recipes = {r["id"]: (r["recipe"] | dict(seed=0), r) for r in runs}
     found = [(*recipes[e["builds_on"][0]], e) for e in evaluations if e["builds_on"] and e["builds_on"][0] in recipes]
@@ -252,13 +252,14 @@ def ablation_table(
             mine = sorted(((e, r) for asked, r, e in found if asked == plain(asdict(recipe))), key=lambda pair: pair[0]["seed"])
             if not mine: continue
             row = _row(scale, recipe.method, [e for e, _ in mine], metrics)
-            entropy = pd.Series([r["metrics"].get("map_entropy") for _, r in mine], dtype=float).mean()
+            entropy = 100*pd.Series([r["metrics"].get("map_entropy") for _, r in mine], dtype=float).mean()
             rows.append(dict(factor=factor, value=value, method=method, default=is_default) | {k: v for k, v in row.items() if k not in ("method", "scale", "runs")} | {"map entropy": entropy, "scale": scale, "runs": row["runs"]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_results.ipynb #3393ce80
+# %% ../nbs/13_results.ipynb #57f6985a
 def _cell(value):
-    "A cell of a Markdown table: two decimals, nothing for NaN."
+    "A cell of a Markdown table: two decimals, nothing for NaN or a plain no."
+    if isinstance(value, bool): return "yes" if value else ""
     if isinstance(value, float): return "" if math.isnan(value) else f"{value:.2f}"
     return str(value)
 

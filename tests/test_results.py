@@ -4,15 +4,20 @@ import pandas as pd
 import pytest
 from lewel.cost import write_cost
 from lewel.core import read_failures
-from lewel.results import make_table, read_record, read_records, write_table
+from lewel.paper import ablation_factors
+from lewel.results import PAIRS, ablation_table, make_table, read_record, read_records, write_table
 
 root = Path(__file__).resolve().parent.parent
 demo = root/"results"/"demo"
-TABLES = "linear", "semi", "segmentation", "detection", "cost"
+TABLES = "linear", "semi", "segmentation", "detection", "ablations", "cost"
 
 def rebuild(name, stem, caption):
     "Make a table of the demo again from its records."
     if name == "cost": return write_cost(read_record(demo/"cost"), stem)
+    if name == "ablations":
+        records = read_records(demo/"ablations")
+        runs, evaluations = ([r for r in records if r["kind"] == kind] for kind in ("pretrain", "evaluation"))
+        return write_table(ablation_table(runs, evaluations, dict(knn_top1="kNN top-1", linear_top1="linear top-1"), "demo"), stem, caption)
     return write_table(make_table(read_records(demo/"evaluations"), name, read_failures(demo/"evaluations")), stem, caption)
 
 @pytest.mark.parametrize("name", TABLES)
@@ -40,6 +45,14 @@ def test_numbers_mean_something():
     assert set(table.index) == {"random", "mocov2", "lewel_m", "byol", "lewel_b", "supervised"}
     for method in table.index.drop("random"):
         assert table.loc[method, "linear top-1 mean"] > max(20, table.loc["random", "linear top-1 mean"])
+
+def test_every_value_of_every_factor_was_run():
+    "Table 5 holds the whole grid of ablations, and the plain baselines."
+    table = pd.read_csv(demo/"tables"/"ablations.csv", dtype=dict(value=str))
+    there = set(zip(table.method, table.factor, table.value))
+    for method, baseline in PAIRS.items():
+        assert (method, "baseline", baseline) in there
+        assert {(method, f, v) for f, values in ablation_factors(method).items() for v in values} <= there
 
 def test_at_least_three_seeds():
     "Tables 1 to 3 rest on three seeds or more for each method."
