@@ -9,7 +9,7 @@ __all__ = ['STYLE', 'styled', 'FORMATS', 'NOTE', 'QUANTITIES', 'CLAIMS', 'BASE',
            'plot_ablations', 'draw_box', 'draw_line', 'draw_text', 'draw_bars', 'draw_sheets', 'draw_view',
            'draw_network', 'draw_ends', 'draw_architecture']
 
-# %% ../nbs/27_visualize.ipynb #b193f66e
+# %% ../nbs/27_visualize.ipynb #08d8b8f1
 import io, re, textwrap
 from pathlib import Path
 import matplotlib as mpl, matplotlib.pyplot as plt
@@ -27,7 +27,7 @@ from .paper import published_gains
 from .results import PAIRS
 from .views import apply_views, denormalize, draw_views, luminance, normalize
 
-# %% ../nbs/27_visualize.ipynb #80275120
+# %% ../nbs/27_visualize.ipynb #8c972afb
 STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=.85) | {
     "font.family": "DejaVu Sans", "axes.linewidth": .6, "grid.linewidth": .5, "lines.linewidth": .9,
     "figure.dpi": 100, "savefig.bbox": "standard", "svg.hashsalt": "lewel"}
@@ -58,7 +58,7 @@ def finish(
     fig.set_layout_engine("none")
     return fig
 
-# %% ../nbs/27_visualize.ipynb #344aa908
+# %% ../nbs/27_visualize.ipynb #87382e03
 def method_colors(
     names, # of methods, or whatever the lines stand for
 )->dict: # name -> RGB
@@ -68,7 +68,7 @@ def method_colors(
     colors = dict(zip((*METHODS, *others), palette + sns.husl_palette(max(0, len(METHODS) + len(others) - len(palette)))))
     return {n: colors[n] for n in dict.fromkeys(names)}
 
-# %% ../nbs/27_visualize.ipynb #277ff4f9
+# %% ../nbs/27_visualize.ipynb #f1675457
 FORMATS = ".png", ".svg"
 
 @styled
@@ -84,7 +84,7 @@ def save_figure(
     image = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     return atomic_write(path, lambda f: image.save(f, "png", dpi=(120, 120), optimize=True))
 
-# %% ../nbs/27_visualize.ipynb #fa5f0d81
+# %% ../nbs/27_visualize.ipynb #5760a96a
 def draw_pair(
     images:MemorySet|FolderSet, # the images, of any sizes
     recipes:tuple, # (ViewRecipe, ViewRecipe), such as `byol_views(64)`
@@ -99,7 +99,7 @@ def draw_pair(
         return apply_views(image[None], draw_views(recipes[v], seed, epoch, [i], v, height, width), recipes[v])
     return tuple(torch.cat([view(image, i, v) for image, i in samples]) for v in range(2))
 
-# %% ../nbs/27_visualize.ipynb #12d4669a
+# %% ../nbs/27_visualize.ipynb #e17d7ba8
 def pick_maps(
     maps:torch.Tensor, # B x d x h x w, each sums to 1
     n:int, # how many, at most d
@@ -119,7 +119,7 @@ def pick_maps(
         chosen.append(int(nearest.argmin()))
     return pool[chosen].tolist()
 
-# %% ../nbs/27_visualize.ipynb #144d858f
+# %% ../nbs/27_visualize.ipynb #df23e701
 def overlay(
     ax:mpl.axes.Axes, # where to draw
     view:torch.Tensor, # 3 x H x W, normalized
@@ -132,7 +132,7 @@ def overlay(
     ax.imshow(enlarged, cmap="rocket", vmin=low, vmax=high, alpha=.6)
     ax.set_xlabel(f"{low*weights.numel():.2f}–{high*weights.numel():.2f}", fontsize=5.5, labelpad=1.5)
 
-# %% ../nbs/27_visualize.ipynb #d1738c0a
+# %% ../nbs/27_visualize.ipynb #3bea7faf
 NOTE = "Color: each map from its own minimum to its own maximum.\nNumbers: these two, relative to a uniform map (1.00)."
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def show_maps(
     picked = pick_maps(torch.cat(maps), n_maps)
     return draw_maps(view1, view2, [m[:, picked] for m in maps], picked, caption)
 
-# %% ../nbs/27_visualize.ipynb #d0dc5a81
+# %% ../nbs/27_visualize.ipynb #f9254b74
 def gather_maps(
     run, # folder of a finished run with snapshots
     view1:torch.Tensor, # B x 3 x H x W, normalized
@@ -213,14 +213,14 @@ def show_training(
     for ax, title in zip(axes[0], ("view", *(f"epoch {e}" for e in epochs))): ax.set_title(title, fontsize=7, pad=2)
     return finish(fig, caption, NOTE)
 
-# %% ../nbs/27_visualize.ipynb #74706db6
+# %% ../nbs/27_visualize.ipynb #cb9cadcc
 def method_of(
     label:str, # of a run
 )->str: # the label without its seed
     "What the runs of several seeds have in common."
     return re.sub(r"[- ]s(eed )?\d+(-[0-9a-f]{6})?$", "", label)
 
-# %% ../nbs/27_visualize.ipynb #15c85a76
+# %% ../nbs/27_visualize.ipynb #d828ef1b
 QUANTITIES = dict(loss="loss", knn_top1="kNN top-1, %", map_entropy="entropy of maps / uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
 
 @styled
@@ -243,7 +243,7 @@ def plot_curves(
     fig.legend(handles=[Line2D([], [], color=c, label=m) for m, c in colors.items()], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #969569f1
+# %% ../nbs/27_visualize.ipynb #ade7a402
 @styled
 def plot_table(
     df:pd.DataFrame, # from `lewel.results.make_table`
@@ -265,7 +265,7 @@ def plot_table(
         row[0].set_yticks(range(len(rows)), [f"{r.method} (n = {r.n})" for r in rows.itertuples()])
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #07975578
+# %% ../nbs/27_visualize.ipynb #dba488d6
 CLAIMS = {"linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised", "mIoU": "voc_segmentation", "AP": "voc_detection"} # metric -> column of `published_gains`
 
 @styled
@@ -295,7 +295,7 @@ def plot_gains(
     fig.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #46bb8143
+# %% ../nbs/27_visualize.ipynb #c8a6a84a
 @styled
 def plot_ablations(
     table:pd.DataFrame, # from `lewel.results.ablation_table`
@@ -325,7 +325,7 @@ def plot_ablations(
     fig.legend(handles=[Line2D([], [], **m) for m in marks], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, caption)
 
-# %% ../nbs/27_visualize.ipynb #abdcb12d
+# %% ../nbs/27_visualize.ipynb #199c69ce
 BASE, ADDED, PLAIN = "#3d6f9e", "#d0661c", "#777777" # of a baseline, of LEWEL, of neither
 faint = lambda color: mpl.colors.to_rgba(color, .15)
 
@@ -366,7 +366,7 @@ def draw_view(ax, x, y, side, crop=(0, 0, 10), light=1.):
         shape.set(fc=light*np.array(color), transform=place)
         ax.add_patch(shape).set_clip_path(sky)
 
-# %% ../nbs/27_visualize.ipynb #a7b2b463
+# %% ../nbs/27_visualize.ipynb #f88a63ca
 def draw_network(ax, y, up, prime):
     "One network, its backbone at `y`; `up` is 1 for the online network and -1 for the target. Returns the heights of its three paths."
     top, mid, low = y + 10*up, y - 8*up, y - 22*up
@@ -390,7 +390,7 @@ def draw_ends(ax, paths, middle, up, text, stopped):
         draw_line(ax, color, (174, y), (x, y), (x, middle + 4*up))
         for dx in (-.7, .7) if stopped else (): ax.plot([stroke + dx - .6, stroke + dx + .6], [y - 1.8, y + 1.8], color=color, lw=1)
 
-# %% ../nbs/27_visualize.ipynb #703bf627
+# %% ../nbs/27_visualize.ipynb #944a2b6f
 @styled
 def draw_architecture(
     caption:str="", # one line
