@@ -31,7 +31,7 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	python tests/check_sync.py
-	OMP_NUM_THREADS=1 python tests/notebooks.py
+	ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 nbdev-test --n-workers 0
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
 	OMP_NUM_THREADS=1 pytest -q -n 2 tests
 	@$(MAKE) --no-print-directory verify
