@@ -19,7 +19,7 @@ def test_ablation_job(tmp_path):
     assert code == 0, err
     assert (tmp_path/"mark").read_text() == "done"
     trained, judged = (next(r for r in read_records(out) if r["kind"] == kind) for kind in ("pretrain", "evaluation"))
-    assert judged["builds_on"] == [trained["id"]] and trained["recipe"]["options"]["target_norm"] == "params"
+    assert judged["builds_on"] == [trained["id"]] and trained["recipe"]["options"]["target_norm"] == "eman"     # the value that is not the default
 
 @pytest.mark.parametrize("wrong, words", [("method=lewel_c", "did you mean 'lewel_"), ("sede=1", "did you mean 'seed'?"), ("seed=-1", "must be at least 0"), ("seed=one", "must be of type int"), ("scale=dem", "did you mean 'demo'?")])
 def test_impossible_parameters_are_refused_before_a_kernel_starts(tmp_path, wrong, words):
