@@ -7,11 +7,11 @@ __all__ = ['Parser', 'first_process', 'run_command', 'add_recipe_options', 'reci
            'check_given', 'pretrain_parser', 'logger_callbacks', 'dry_pretrain', 'dry_evaluate', 'pretrain_command',
            'evaluate_command', 'export_command', 'bench_command']
 
-# %% ../nbs/30_cli.ipynb #f0be7c1d
+# %% ../nbs/30_cli.ipynb #30e0d530
 import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)   # said by a library's import to its developers, not to users of a command
 
-# %% ../nbs/30_cli.ipynb #1a35fd33
+# %% ../nbs/30_cli.ipynb #d0e56f0b
 import argparse, os, sys
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastcore.docments import docments
 from .core import UserError, check_choice, parse_option
 from .paper import Recipe, get_recipe, recipes
 
-# %% ../nbs/30_cli.ipynb #0d8f72c0
+# %% ../nbs/30_cli.ipynb #005c3496
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors on one line."
     def __init__(self, **kw): super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
@@ -45,7 +45,7 @@ def run_command(
     if first_process() or not isinstance(message, (Stopped, NonFiniteLoss)): print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
-# %% ../nbs/30_cli.ipynb #13abf3aa
+# %% ../nbs/30_cli.ipynb #0cef8f6e
 def add_recipe_options(
     parser:Parser, # changed in place
     without:tuple=("method", "options", "view_options"), # fields that the command treats itself
@@ -66,7 +66,7 @@ def recipe_from(
     if "lr" not in changes and "batch_size" in changes: changes["lr"] = base.lr*changes["batch_size"]/base.batch_size
     return base.changed(options=base.options | dict(parse_option(o) for o in args.option), view_options=base.view_options | dict(parse_option(o) for o in args.view_option), **changes)
 
-# %% ../nbs/30_cli.ipynb #56cd666c
+# %% ../nbs/30_cli.ipynb #1e6f1b3a
 def add_budget(
     parser:Parser, # changed in place
 ):
@@ -90,7 +90,7 @@ def check_given(
     if missing and not args.dry_run: raise UserError(f"missing: {', '.join(n.upper() if n == 'start' else f'--{n}' for n in missing)} (only --dry-run does without)")
     if args.dry_batch is not None and not args.dry_run: raise UserError("--dry-batch is for --dry-run")
 
-# %% ../nbs/30_cli.ipynb #feaddb03
+# %% ../nbs/30_cli.ipynb #99dc0ed0
 def pretrain_parser()->Parser:
     "Options of lewel-pretrain."
     p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
@@ -115,7 +115,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--logger", default="none", help="none, tensorboard or wandb, through fastai's callbacks (the package must be installed)")
     return p
 
-# %% ../nbs/30_cli.ipynb #3a63fc3d
+# %% ../nbs/30_cli.ipynb #2b56ec26
 def logger_callbacks(
     name:str, # "none", "tensorboard" or "wandb"
     out:Path, # the run's folder
@@ -134,7 +134,7 @@ def logger_callbacks(
     except ImportError as e: raise UserError(f"--logger {name} needs a package that is not installed ({e}): pip install {name}") from e
     return []
 
-# %% ../nbs/30_cli.ipynb #c1aacb84
+# %% ../nbs/30_cli.ipynb #5da170e2
 def dry_pretrain(
     recipe:Recipe, # at full size
     args, # parsed arguments of lewel-pretrain
@@ -144,7 +144,7 @@ def dry_pretrain(
     from lewel.pretrain import open_pair
     images = len(open_pair(args.data, recipe.size, args.strict)[0]) if args.data else IMAGES[args.scale]
     title = f"dry run: {recipe.method}, {recipe.backbone}, {recipe.size} px, {recipe.epochs} epochs of {images:,} images ({args.data or f'scale {args.scale}'})"
-    return cost_report(title, method_cost(recipe, args.device, batch=args.dry_batch, images=images))
+    return cost_report(title, method_cost(recipe, args.device, batch=args.dry_batch, images=images, accumulate=args.accumulate))
 
 def dry_evaluate(
     args, # parsed arguments of lewel-evaluate
@@ -157,7 +157,7 @@ def dry_evaluate(
     backbone, size = args.backbone or base.backbone, args.size or base.size
     return "\n".join(cost_report(f"dry run: {n}, preset {args.preset}, {backbone}", protocol_cost(n, args.preset, backbone, size, args.device, batch=args.dry_batch or 2)) for n in names)
 
-# %% ../nbs/30_cli.ipynb #33532f7e
+# %% ../nbs/30_cli.ipynb #bdb65372
 def pretrain_command(argv=None):
     "lewel-pretrain"
     from lewel.pretrain import pretrain, time_budget
@@ -174,7 +174,7 @@ def pretrain_command(argv=None):
               + (f", {len(skipped)} unreadable image{'s' * (len(skipped) > 1)} skipped" if skipped else "") + f"; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 
-# %% ../nbs/30_cli.ipynb #51329335
+# %% ../nbs/30_cli.ipynb #a9b291f6
 def evaluate_command(argv=None):
     "lewel-evaluate"
     from lewel.evaluate.run import evaluate, protocols
@@ -200,7 +200,7 @@ def evaluate_command(argv=None):
         print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.start)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 
-# %% ../nbs/30_cli.ipynb #676993ce
+# %% ../nbs/30_cli.ipynb #500925b7
 def export_command(argv=None):
     "lewel-export"
     from lewel.interop import export_backbone, export_formats
@@ -211,7 +211,7 @@ def export_command(argv=None):
     def action(a): print(export_backbone(a.run, a.out, a.format))
     return run_command(p, action, argv)
 
-# %% ../nbs/30_cli.ipynb #055c457e
+# %% ../nbs/30_cli.ipynb #9f4c59a4
 def bench_command(argv=None):
     "lewel-bench"
     from lewel.bench import bench

@@ -10,7 +10,7 @@ __all__ = ['NUMBERS', 'CLASSES', 'builders', 'trainings', 'SUSTAINED', 'IMAGES',
            'data_plan', 'pretrain_work', 'evaluation_work', 'evaluations_of', 'job', 'run_plan', 'evaluation_plan',
            'ablation_plan', 'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
-# %% ../nbs/28_cost.ipynb #ab9c8059
+# %% ../nbs/28_cost.ipynb #e6f6caf7
 import math, re, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,12 +39,12 @@ from .experiments import Settings, evaluation_groups
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
 from .paper import Recipe, ablation_factors, ablation_runs, get_recipe, recipes, views_of
-from .pretrain import Precision, Pretraining, Steps, create_optimizer, keep_freed_memory, peak_memory_mb, pick_device
+from .pretrain import Precision, Pretraining, Steps, check_least, create_optimizer, keep_freed_memory, peak_memory_mb, pick_device
 from .results import PAIRS, environment, write_record
 from .scenes import SIZES
 from .views import ViewLoader
 
-# %% ../nbs/28_cost.ipynb #68527fbb
+# %% ../nbs/28_cost.ipynb #eac2c874
 def multiply_adds(
     step, # function to be called; its convolutions and matrix products count, backward passes included
 )->int: # half of torch's floating-point operations
@@ -58,7 +58,7 @@ def count_parameters(
     "How many numbers a network has."
     return dict(trained=sum(p.numel() for p in model.parameters() if p.requires_grad), parameters=sum(p.numel() for p in model.parameters()))
 
-# %% ../nbs/28_cost.ipynb #958429dd
+# %% ../nbs/28_cost.ipynb #2364c732
 NUMBERS = "scale", "global_weight", "normalize", "target_norm", "base_momentum", "cosine_momentum", "temperature" # options of methods that no product's shape depends on
 
 @cache
@@ -79,7 +79,7 @@ def method_counts(
     moments = 4*parameters["trained"]*(2 if r.optimizer == "adamw" else 1)
     return parameters | dict(multiply_adds=products*r.batch_size//2, checkpoint_mb=(stored + moments)/2**20)
 
-# %% ../nbs/28_cost.ipynb #6d9912c1
+# %% ../nbs/28_cost.ipynb #e97321e9
 CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80) # of the paper's data sets
 
 def detector_size(
@@ -105,7 +105,7 @@ def detector_pass(
         out.append(heads.mask_predictor(heads.mask_head(pooled(n//4, heads.mask_roi_pool) if shared is None else shared[:n//4])))
     sum(o.sum() for o in out).backward()
 
-# %% ../nbs/28_cost.ipynb #35cee801
+# %% ../nbs/28_cost.ipynb #31a8e32b
 def _linear_on(net, classes, p):
     "A backbone that is not trained, and a classifier that is."
     return nn.Sequential(net.requires_grad_(False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features(net), classes))
@@ -142,7 +142,7 @@ def classes_of(
     "Classes of the paper's data set, or ten."
     return CLASSES[name] if preset.startswith("paper") else 10
 
-# %% ../nbs/28_cost.ipynb #ea6341d3
+# %% ../nbs/28_cost.ipynb #d454517c
 def process_peak_mb()->float: # MiB
     "Peak resident memory of this process."
     status = Path("/proc/self/status")
@@ -172,7 +172,7 @@ def fresh(
         try: return pool.submit(getattr(import_module("lewel.cost"), name), *args).result()
         except (BrokenProcessPool, torch.OutOfMemoryError): raise UserError("the memory does not suffice for this batch: take a smaller one (--dry-batch)") from None
 
-# %% ../nbs/28_cost.ipynb #35382b90
+# %% ../nbs/28_cost.ipynb #24681b52
 class Lap(Callback):
     "Calls a function after every step."
     order = 70
@@ -184,19 +184,20 @@ def pretrain_briefly(
     batch:int, # images in a step
     steps:int, # at least 2
     device:torch.device,
+    accumulate:int=1, # parts in which a batch goes through the network
 )->dict: # see `measured`
     "A few steps of a recipe on noise."
     r = recipe.changed(batch_size=batch, **dict(precision="float32") if device.type == "cpu" else {})
     def train(lap):
         if device.type == "cpu": keep_freed_memory()
         method = create_method(r.method, r.backbone, **r.options).to(device, memory_format=torch.channels_last)
-        loader = ViewLoader(noise_images(batch*steps, 2*r.size), views_of(r), batch, r.seed, device)
-        learn = Pretraining(loader, method, create_optimizer(method, r), r, device, [Steps(), Precision(r.precision, device), Lap(lap)])
+        loader = ViewLoader(noise_images(batch*steps, 2*r.size), views_of(r), batch, r.seed, device, parts=accumulate)
+        learn = Pretraining(loader, method, create_optimizer(method, r), r, device, [Steps(), Precision(r.precision, device), Lap(lap)], accumulate)
         learn.logger = lambda *args: None
         learn.fit(1)
     return measured(train, device)
 
-# %% ../nbs/28_cost.ipynb #b7e254a6
+# %% ../nbs/28_cost.ipynb #fc673e78
 def noise_masks(
     n:int, # images
     side:int, # of the long one, pixels
@@ -220,7 +221,7 @@ def noise_boxes(
         return pack_objects(size, np.stack([x, y, x + w, y + h], 1), rng.integers(classes, size=objects), shapes=[[np.array(p)] for p in zip(x, y, x + w, y, x + w, y + h, x, y + h)])
     return BoxSet(noise_images(n, max(size)).images[:, :, :height, :width], [pack() for _ in range(n)], [f"class {c}" for c in range(classes)], "noise")
 
-# %% ../nbs/28_cost.ipynb #344a7c89
+# %% ../nbs/28_cost.ipynb #036b1caf
 def _train_linear(net, p, size, classes, batch, steps, device):
     "Steps of `evaluate_linear`'s classifier."
     images = MemorySet(noise_images(batch, 2*size).images, torch.arange(batch) % classes, name="noise")
@@ -263,7 +264,7 @@ def evaluate_briefly(
         finally: hook.remove()
     return measured(train, device)
 
-# %% ../nbs/28_cost.ipynb #98c70b0d
+# %% ../nbs/28_cost.ipynb #653d5520
 SUSTAINED = 6.4e12 # multiply-adds a second that one GPU keeps up: what the authors' log comes to
 IMAGES = dict(paper=1_281_167, imagenette=9_469, demo=SIZES["train"], smoke=SIZES["train"]) # for pretraining, and labelled ones for evaluations
 
@@ -274,24 +275,26 @@ def gpu_hours(
     "Time of a run on one GPU, under an assumption."
     return multiply_adds/sustained/3600
 
-# %% ../nbs/28_cost.ipynb #9db24589
+# %% ../nbs/28_cost.ipynb #4b62c4e7
 def method_cost(
     recipe:Recipe, # of pretraining
     device:str="auto", # "auto", "cpu" or "cuda"
     steps:int=2, # to be taken; the first is not timed
     batch:int=None, # images in each of them; by default 8 on the CPU, the recipe's on a GPU
     images:int=IMAGES["paper"], # to pretrain on
+    accumulate:int=1, # parts in which a batch goes through the network
 )->dict: # `method_counts`, `measured`, and batch, batch_size, steps (of the whole run), total (multiply-adds), device, precision
     "Count a recipe and take a few steps of it, in a process of its own. Raises `UserError`."
     device, counts = pick_device(device), method_counts(recipe)
     batch = batch or (min(8, recipe.batch_size) if device.type == "cpu" else recipe.batch_size)
-    if batch < 2 or steps < 2: raise UserError(f"{steps} steps of {batch} images: at least 2 of each are needed")
+    check_least(accumulate=(accumulate, 1))
+    if batch//accumulate < 2 or steps < 2: raise UserError(f"{steps} steps of {batch} images{f' in {accumulate} parts' if accumulate > 1 else ''}: at least 2 steps, of 2 images each time, are needed")
     if images < recipe.batch_size: raise UserError(f"batch_size {recipe.batch_size} with {images} images: choose a smaller batch_size, or add images")
     total = recipe.epochs*(images//recipe.batch_size)
     about = dict(batch=batch, batch_size=recipe.batch_size, steps=total, total=total*counts["multiply_adds"], device=device.type, precision="float32" if device.type == "cpu" else recipe.precision)
-    return counts | about | dict(measured_multiply_adds=counts["multiply_adds"]*batch/recipe.batch_size) | fresh("pretrain_briefly", recipe, batch, steps, device)
+    return counts | about | dict(measured_multiply_adds=counts["multiply_adds"]*batch/recipe.batch_size) | fresh("pretrain_briefly", recipe, batch, steps, device, accumulate)
 
-# %% ../nbs/28_cost.ipynb #33338126
+# %% ../nbs/28_cost.ipynb #6915a026
 def training_images(
     name:str, # protocol
     p, # its settings
@@ -301,7 +304,7 @@ def training_images(
     if name == "semi": return sum(part.epochs*part.fraction*n for part in p.parts)
     return n*(p.cached_passes or p.epochs) if name == "linear" else p.steps*p.batch_size
 
-# %% ../nbs/28_cost.ipynb #7c8b890a
+# %% ../nbs/28_cost.ipynb #0b60ca6e
 def protocol_cost(
     name:str, # one of `trainings`
     preset:str="paper", # its settings
@@ -320,7 +323,7 @@ def protocol_cost(
     about = dict(batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*counts["multiply_adds"], device=device.type, precision="float32")
     return counts | about | dict(multiply_adds=counts["multiply_adds"]*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch) | fresh("evaluate_briefly", name, preset, backbone, size, batch, steps, device)
 
-# %% ../nbs/28_cost.ipynb #5904bf4e
+# %% ../nbs/28_cost.ipynb #dfdaec3e
 def number(
     x:float,
 )->str:
@@ -353,7 +356,7 @@ def cost_report(
         gpu=f"{number(hours)} GPU-hours, assuming that a GPU sustains {sustained/1e12:g} T multiply-adds a second")
     return "\n".join([title, *(f"  {k:11}{v}" for k, v in lines.items())])
 
-# %% ../nbs/28_cost.ipynb #2ff4b1df
+# %% ../nbs/28_cost.ipynb #34398ad6
 _scenes = {section: ("scenes", 0) for section in ("data", "segmentation", "detection")}
 DATA = dict(smoke=_scenes, demo=_scenes, # scale -> section of settings.ini -> (name, GB on disk, about)
     imagenette=dict(data=("imagenette", 0.1), segmentation=("CamVid", 0.6), detection=("a set in the layout of Pascal VOC", 0), instance=("a set in the layout of COCO", 0)),
@@ -370,7 +373,7 @@ def data_plan(
         out[section] = dict(name=name, gb=gb, where=where or f"'<{name}>'", missing=missing)
     return out
 
-# %% ../nbs/28_cost.ipynb #f4f3642e
+# %% ../nbs/28_cost.ipynb #7d1991d4
 def pretrain_work(
     recipe:Recipe, # of pretraining
     images:int, # to pretrain on
@@ -391,7 +394,7 @@ def evaluation_work(
         return training_images(name, protocols[name].presets[preset], n)*counts(name)
     return sum(work(name) for name in names)
 
-# %% ../nbs/28_cost.ipynb #866d43b9
+# %% ../nbs/28_cost.ipynb #47c5b3fa
 def evaluations_of(
     settings:Settings, # whose scale
 )->dict: # end of an evaluation's name -> (data, protocols, seeds)
@@ -412,7 +415,7 @@ def job(
     common = dict(scale=settings.scale, device=settings.device, max_minutes=settings.max_minutes)
     return f"python experiments/run.py experiments/{notebook}.ipynb {results}/notebooks/{copy}.ipynb {results}/marks/{name}.{mark} {needs}" + " ".join(f"{k}={v}" for k, v in (common | parameters).items())
 
-# %% ../nbs/28_cost.ipynb #d8ef866e
+# %% ../nbs/28_cost.ipynb #e818341e
 def run_plan(
     settings:Settings, # see `plan`
     seed:int,
@@ -427,7 +430,7 @@ def run_plan(
     command = job("supervised", s, name, "trained", seed=seed, data=data, out=f"{results}/runs/{name}")
     yield name, command, evaluation_work(["supervised"], s.scale, r), 4*protocol_counts("semi", s.scale, r.backbone, r.size)["parameters"]/2**20, "data"
 
-# %% ../nbs/28_cost.ipynb #621b3832
+# %% ../nbs/28_cost.ipynb #0921d825
 def evaluation_plan(
     settings:Settings, # see `plan`
     seed:int,
@@ -445,7 +448,7 @@ def evaluation_plan(
             out = f"{results}/evaluations/{method}-s{seed}-{preset}"
             yield f"{method}-s{seed} {preset} (instance)", f"lewel-evaluate {results}/runs/{method}-s{seed} --data {where['instance']['where']} --protocol instance --preset {preset} --out {out} --device {s.device}", evaluation_work(["instance"], preset, r), 0, "instance"
 
-# %% ../nbs/28_cost.ipynb #320c817b
+# %% ../nbs/28_cost.ipynb #f6d53e04
 def ablation_plan(
     settings:Settings, # see `plan`
     seed:int,
@@ -458,7 +461,7 @@ def ablation_plan(
             command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data, workers=s.workers, out=f"results/{s.scale}/ablations/{name}")
             yield f"{name} ({len(runs)} runs)", command, sum(pretrain_work(r, IMAGES[s.scale]) + evaluation_work(["knn", "linear"], s.scale, r) for r in runs), sum(2*method_counts(r)["checkpoint_mb"] for r in runs), "data"
 
-# %% ../nbs/28_cost.ipynb #2c6364bd
+# %% ../nbs/28_cost.ipynb #f3c3eb45
 def plan(
     settings:Settings, # scale, seeds, device and where the data is
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
@@ -469,7 +472,7 @@ def plan(
             for row in (kind(settings, seed) if kind != run_plan or seed < settings.seeds else ())]
     return [dict(name=name, command=command, gpu_hours=gpu_hours(work, sustained), disk_gb=mb*2**20/1e9, data=needs[section]["name"], missing=needs[section]["missing"]) for name, command, work, mb, section in rows]
 
-# %% ../nbs/28_cost.ipynb #04c01b03
+# %% ../nbs/28_cost.ipynb #69857e2f
 def print_plan(
     settings:Settings, # scale, seeds, device and where the data is
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
@@ -484,7 +487,7 @@ def print_plan(
     print(f"\n{number(hours)} GPU-hours in all, {number(here)} of them with data that is here. Estimated by multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second; training only, without the tests on the test sets.")
     print(f"Disk: {sum(r['disk_gb'] for r in rows):,.1f} GB of checkpoints (last.pt and best.pt of every run), {sum(d['gb'] for d in needs.values()):,.1f} GB of data.")
 
-# %% ../nbs/28_cost.ipynb #8eee3acf
+# %% ../nbs/28_cost.ipynb #0c188017
 def compare_costs(
     scale:str, # "smoke", "demo", "imagenette" or "paper"
     device:str="auto", # "auto", "cpu" or "cuda"
@@ -504,7 +507,7 @@ def compare_costs(
     return dict(kind="cost", id=f"cost-{scale}", scale=scale, method=" ".join(four), seed=0, recipe={m: asdict(r) for m, r in four.items()} | dict(repeats=repeats), metrics=metrics,
                 data=dict(name="noise", n=2*max(r.batch_size for r in four.values()), skipped=[]), seconds=time.time() - started, builds_on=[], **environment(device))
 
-# %% ../nbs/28_cost.ipynb #a51bdf7f
+# %% ../nbs/28_cost.ipynb #689b17ef
 def cost_table(
     record:dict, # from `compare_costs`
 )->pd.DataFrame: # a row per method
@@ -515,7 +518,7 @@ def cost_table(
                 "ms a step": 1000*c["seconds"], "MiB peak": c["memory_mb"], "multiply-adds ratio": c["multiply_adds"]/base["multiply_adds"], "time ratio": c["seconds"]/base["seconds"], "memory ratio": c["memory_mb"]/base["memory_mb"]}
     return pd.DataFrame([row(m) for m in record["method"].split()])
 
-# %% ../nbs/28_cost.ipynb #11da535a
+# %% ../nbs/28_cost.ipynb #5f8c3ca5
 def write_cost(
     record:dict, # from `compare_costs`
     stem, # path without suffix, of the CSV and the Markdown file
