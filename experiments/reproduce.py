@@ -4,7 +4,8 @@ With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its e
 import os, subprocess, sys
 from pathlib import Path
 from lewel.core import UserError, read_failures
-from lewel.experiments import evaluation_groups, forget_failures, only_one, read_settings, write_page
+from lewel.experiments import evaluation_groups, forget_failures, only_one, published_copy, put_aside, read_settings, write_page
+from lewel.results import compare_records, read_records
 
 def main():
     settings = read_settings()
@@ -13,13 +14,17 @@ def main():
         return print_plan(settings)
     evaluation_groups(settings)
     results = Path("results")/settings.scale
+    published = published_copy(results)
     with only_one(results) as lock:
+        if put_aside(results): print(f"the results that came with the repository are now in {published}; all is computed again")
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
         done = subprocess.run(["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params", "--quiet", "rules", "progress", "host", *sys.argv[1:]], pass_fds=[lock])
         page = write_page(results)
     for table in sorted((results/"tables").glob("*.md")): print("\n" + table.read_text())
     for kind in "tables", "figures", "runs", "evaluations", "ablations", "notebooks": print(f"{kind:12} {results/kind}/  ({len(list((results/kind).glob('*')))})")
     print(f"all on a page: {page}")
+    same = compare_records(read_records(results), read_records(published))
+    if len(same): print(f"\nthe same runs in {published}, this folder's numbers less those:\n{same.to_string(index=False)}")
     failures = read_failures(results)
     for f in failures: print(f"missing: {f['folder']}: {f['reason']}", file=sys.stderr)
     return done.returncode or bool(failures)

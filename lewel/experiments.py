@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'METHODS_AND_VARIANTS', 'CHOICES', 'LEAST', 'PAGE_ORDER', 'STYLE', 'Settings', 'read_settings',
            'evaluation_groups', 'check_parameters', 'run_notebook', 'run_job', 'forget_failures', 'only_one',
-           'notebook_page', 'table_html', 'write_page', 'notebook_text', 'difference', 'verify']
+           'published_copy', 'published_results', 'put_aside', 'notebook_page', 'table_html', 'write_page',
+           'notebook_text', 'difference', 'verify']
 
 # %% ../nbs/31_experiments.ipynb #a8395319
 import configparser, fcntl, html, os, shutil, sys, tempfile
@@ -144,6 +145,31 @@ def only_one(
         try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise UserError(f"another reproduction is at work in {results}: wait for it to end, or use another clone") from None
         yield file.fileno()
+
+# %% ../nbs/31_experiments.ipynb #1d24ed6d
+def published_copy(
+    results, # folder of a scale
+)->Path: # where `put_aside` moves it
+    "The place of the results that came with the repository, beside those that are being made."
+    return Path(results).with_name(f"{Path(results).name}.published")
+
+def published_results(
+    results, # folder of a scale
+)->Path: # a folder
+    "The results that came with the repository, wherever they are now."
+    return aside if (aside := published_copy(results)).exists() else Path(results)
+
+def put_aside(
+    results, # folder of a scale, held by `only_one`
+)->bool: # whether there was something to move
+    "Move results that no job of this folder made to `published_copy`. Raises `UserError` if something is there already."
+    results, aside = Path(results), published_copy(results)
+    if (results/"marks").exists() or not (results/"notebooks").exists(): return False
+    if aside.exists(): raise UserError(f"{results} has results but no marks of the jobs that made them, and {aside} exists: move one of them away")
+    results.rename(aside)
+    (results/"marks").mkdir(parents=True)
+    (aside/".lock").rename(results/".lock")
+    return True
 
 # %% ../nbs/31_experiments.ipynb #efad0cfe
 PAGE_ORDER = dict( # notebook -> (heading, tables, figures)

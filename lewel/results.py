@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPER', 'PAIRS', 'git_state', 'cpu_model',
            'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record', 'read_records', 'write_curve',
-           'read_curve', 'summarize', 'add_missing', 'make_table', 'gain_table', 'conclude', 'ablation_table',
-           'write_table']
+           'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_records', 'gain_table', 'conclude',
+           'ablation_table', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -204,6 +204,21 @@ def make_table(
         values = table.method.map(lambda m: paper_value(m, task, what)).astype(float)
         if values.notna().any(): table.insert(table.columns.get_loc(f"{TABLES[name][metric]} std") + 1, f"{TABLES[name][metric]} paper", values)
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
+
+# %% ../nbs/13_results.ipynb #f84dbe33
+def compare_records(
+    ours:list, # records
+    theirs:list, # records, of which those with the same ids are compared
+)->pd.DataFrame: # metric, runs, equal (how many to the last digit), mean difference (ours less theirs), largest difference (absolute)
+    "How far the numbers of runs with the same id agree, a row for each metric of evaluations."
+    theirs, differences = {r["id"]: r["metrics"] for r in theirs}, {}
+    for r in ours:
+        for m in (m for metrics in TABLES.values() for m in metrics if r["kind"] == "evaluation"):
+            a, b = r["metrics"].get(m), theirs.get(r["id"], {}).get(m)
+            if a is not None and b is not None: differences.setdefault(m, []).append(a - b)
+    labels = {m: label for metrics in TABLES.values() for m, label in metrics.items()}
+    rows = [(label, pd.Series(differences[m])) for m, label in labels.items() if m in differences]
+    return pd.DataFrame([dict(metric=label, runs=len(d), equal=int((d == 0).sum())) | {"mean difference": d.mean(), "largest difference": d.abs().max()} for label, d in rows])
 
 # %% ../nbs/13_results.ipynb #39325569
 PAIRS = dict(lewel_m="mocov2", lewel_b="byol") # method -> its baseline

@@ -4,11 +4,12 @@ import pandas as pd
 import pytest
 from lewel.cost import write_cost
 from lewel.core import read_failures
+from lewel.experiments import published_results
 from lewel.paper import ablation_factors
 from lewel.results import PAIRS, ablation_table, make_table, read_record, read_records, write_table
 
 root = Path(__file__).resolve().parent.parent
-demo = root/"results"/"demo"
+demo = published_results(root/"results"/"demo")
 TABLES = "linear", "semi", "segmentation", "detection", "ablations", "cost"
 
 def rebuild(name, stem, caption):
