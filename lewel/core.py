@@ -12,8 +12,8 @@ from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #51d55bad
 SCALES = "smoke", "demo", "imagenette", "paper"
-METHODS = "random", "mocov2", "lewel_m", "byol", "lewel_b", "supervised"
-PROTOCOLS = "knn", "linear", "semi", "segmentation", "detection", "instance"
+METHODS = "random", "mocov2", "lewel_m", "byol", "lewel_b", "supervised", "lewel_b_syncbn"
+PROTOCOLS = "knn", "linear", "semi", "segmentation", "detection", "instance", "instance_2x", "instance_c4"
 
 # %% ../nbs/00_core.ipynb #38fbea49
 class UserError(ValueError):

@@ -80,7 +80,7 @@ def method_counts(
     return parameters | dict(multiply_adds=products*r.batch_size//2, checkpoint_mb=(stored + moments)/2**20)
 
 # %% ../nbs/28_cost.ipynb #e97321e9
-CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80) # of the paper's data sets
+CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80, instance_2x=80, instance_c4=80) # of the paper's data sets
 
 def detector_size(
     sides, # short sides, pixels
@@ -110,7 +110,7 @@ def _linear_on(net, classes, p):
     "A backbone that is not trained, and a classifier that is."
     return nn.Sequential(net.requires_grad_(False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features(net), classes))
 
-builders = dict(linear=_linear_on, segmentation=FCN, detection=detector, instance=instance_detector, # protocol -> function of (backbone, classes, settings) that builds its network
+builders = dict(linear=_linear_on, segmentation=FCN, detection=detector, **dict.fromkeys(("instance", "instance_2x", "instance_c4"), instance_detector), # protocol -> function of (backbone, classes, settings) that builds its network
                 semi=lambda net, classes, p: _linear_on(net, classes, p).requires_grad_(True))
 
 def _linear_pass(model, x):
@@ -140,7 +140,7 @@ def classes_of(
     preset:str, # its settings
 )->int:
     "Classes of the paper's data set, or ten."
-    return CLASSES[name] if preset.startswith("paper") else 10
+    return CLASSES[name] if preset == "paper" else 10
 
 # %% ../nbs/28_cost.ipynb #d454517c
 def process_peak_mb()->float: # MiB
@@ -246,7 +246,7 @@ def _train_instance(*args):
     "Steps of `evaluate_instance`."
     _train_detection(*args, build=instance_detector)
 
-trainings = dict(linear=_train_linear, semi=_train_semi, segmentation=_train_segmentation, detection=_train_detection, instance=_train_instance)
+trainings = dict(linear=_train_linear, semi=_train_semi, segmentation=_train_segmentation, detection=_train_detection, **dict.fromkeys(("instance", "instance_2x", "instance_c4"), _train_instance))
 
 def evaluate_briefly(
     name:str, # one of `trainings`
@@ -319,7 +319,7 @@ def protocol_cost(
     p, device = p[check_choice("preset", preset, p)], pick_device(device)
     if batch < 1 or steps < 2: raise UserError(f"{steps} steps of {batch} images: at least 2 steps of 1 image are needed")
     counts, largest = (protocol_counts(name, preset, backbone, size, l) for l in (False, True))
-    images = training_images(name, p, IMAGES[preset.split("_")[0]])
+    images = training_images(name, p, IMAGES[preset])
     about = dict(batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*counts["multiply_adds"], device=device.type, precision="float32")
     return counts | about | dict(multiply_adds=counts["multiply_adds"]*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch) | fresh("evaluate_briefly", name, preset, backbone, size, batch, steps, device)
 
@@ -387,7 +387,7 @@ def evaluation_work(
     recipe:Recipe, # of the pretraining: backbone and size
 )->float: # multiply-adds
     "What protocols multiply in training; kNN and linear need no backward pass through the backbone."
-    n, counts = IMAGES[preset.split("_")[0]], lambda name: protocol_counts(name, preset, recipe.backbone, recipe.size)["multiply_adds"]
+    n, counts = IMAGES[preset], lambda name: protocol_counts(name, preset, recipe.backbone, recipe.size)["multiply_adds"]
     def work(name):
         if name == "knn": return n*counts("linear")
         if name == "supervised": return training_images("semi", SUPERVISED[preset], n)*counts("semi")
@@ -444,9 +444,6 @@ def evaluation_plan(
             command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'", runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
             section = next(section for section in reversed(where) if section == "data" and not end or section in names)
             if seed < seeds: yield f"{name} ({' '.join(names)})", command, evaluation_work(names, s.scale, r), 0, section
-        for preset in ("paper_2x", "paper_c4") if s.scale == "paper" and seed < s.dense_seeds and method in recipes["paper"] else ():
-            out = f"{results}/evaluations/{method}-s{seed}-{preset}"
-            yield f"{method}-s{seed} {preset} (instance)", f"lewel-evaluate {results}/runs/{method}-s{seed} --data {where['instance']['where']} --protocol instance --preset {preset} --out {out} --device {s.device}", evaluation_work(["instance"], preset, r), 0, "instance"
 
 # %% ../nbs/28_cost.ipynb #f6d53e04
 def ablation_plan(

@@ -142,7 +142,7 @@ def run_backbone(
     if (Path(run)/"backbone.pth").exists() and not (Path(run)/"last.pt").exists(): return supervised_backbone(run)
     method, recipe, record = load_run(run, backbone if isinstance(backbone, nn.Module) else None)
     if isinstance(backbone, str) and backbone != recipe.backbone: raise UserError(f"the run in {run} has the backbone {recipe.backbone}, not {backbone}: leave the backbone out")
-    return method.backbone, dict(method=recipe.method, backbone=recipe.backbone, seed=recipe.seed, size=recipe.size, builds_on=[record["id"]])
+    return method.backbone, dict(method=record["method"], backbone=recipe.backbone, seed=recipe.seed, size=recipe.size, builds_on=[record["id"]])
 
 def supervised_backbone(
     run, # folder of a finished run of `lewel.evaluate.semi.train_supervised`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_recipes', 'recipes', 'ablation_epochs', 'published', 'published_gains', 'imagenette_anchor', 'Recipe',
-           'views_of', 'check_recipe', 'get_recipe', 'ablation_factors', 'ablation_runs', 'paper_value']
+           'views_of', 'check_recipe', 'get_recipe', 'recipe_name', 'ablation_factors', 'ablation_runs', 'paper_value']
 
 # %% ../nbs/12_paper.ipynb #61af0b9e
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -113,6 +113,15 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
 
+# %% ../nbs/12_paper.ipynb #7d4748e6
+def recipe_name(
+    recipe:Recipe, # of any seed
+    scale:str, # that it belongs to
+)->str: # such as "lewel_b_syncbn"
+    "The name of a recipe at a scale; of one that is not among the scale's, its method's."
+    same = (name for name, r in recipes.get(scale, {}).items() if r.changed(seed=recipe.seed) == recipe)
+    return next(same, recipe.method)
+
 # %% ../nbs/12_paper.ipynb #83d01dd3
 ablation_epochs = dict(smoke=1, demo=7, imagenette=200, paper=100)
 
@@ -172,12 +181,13 @@ published = pd.DataFrame([(method, epochs, task, metric, value, source) for meth
 
 # %% ../nbs/12_paper.ipynb #2ee98d63
 def paper_value(
-    method:str, # ours: "mocov2", "lewel_m", "byol" or "lewel_b"
+    method:str, # ours, see `recipe_name`
     task:str, # as in `published`
     metric:str, # as in `published`
     epochs:int=200, # of pretraining
 )->float: # percent; NaN if it is not known
-    "The published number: of the method as its authors trained it, else of its EMAN variant."
+    "The published number: of the method as its authors trained it, else of its EMAN variant; of the SyncBN recipe at 400 epochs."
+    if method == "lewel_b_syncbn": method, epochs = "lewel_b SyncBN", 400
     for name in method, f"{method} EMAN":
         found = published[(published.method == name) & (published.epochs == epochs) & (published.task == task) & (published.metric == metric)]
         if len(found): return found.value.item()

@@ -33,7 +33,7 @@ from .evaluate.knn import extract_features, frozen, knn_accuracy
 from .interop import start_from
 from .methods import Losses, Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
-from .paper import Recipe, get_recipe, views_of
+from .paper import Recipe, get_recipe, recipe_name, views_of
 from .results import environment, read_record, run_id, write_curve, write_record
 from .target import average_over_ranks, local_statistics, world
 from .views import ViewLoader
@@ -484,7 +484,7 @@ def pretrain_record(
     monitored = [row["knn_top1"] for row in rows if "knn_top1" in row]
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
-    record = dict(kind="pretrain", scale=scale, method=r.method, seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
+    record = dict(kind="pretrain", scale=scale, method=recipe_name(r, scale), seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 

@@ -172,12 +172,12 @@ TABLES = dict( # name -> metric in the records -> label
     semi=dict(semi1_top1="1% top-1", semi1_top5="1% top-5", semi10_top1="10% top-1", semi10_top5="10% top-5"),
     segmentation=dict(miou="mIoU"),
     detection=dict(box_ap="AP", box_ap50="AP50", box_ap75="AP75", voc07_ap50="VOC07 AP50"),
-    instance={f"instance_{part}_{m}": f"{part} {m.upper()}" for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
+    instance={f"{form}_{part}_{m}": f"{label}{part} {m.upper()}" for form, label in dict(instance="", instance_2x="2x ", instance_c4="C4 ").items() for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
 
 PAPER = dict( # table -> metric in the records -> (task, metric) of the published number, see `lewel.paper.published`
     linear=dict(linear_top1=("ImageNet linear", "top1")), semi=dict(semi1_top1=("ImageNet 1% labels", "top1"), semi10_top1=("ImageNet 10% labels", "top1")),
     detection=dict(box_ap=("VOC detection", "ap"), box_ap50=("VOC detection", "ap50"), box_ap75=("VOC detection", "ap75")),
-    instance={f"instance_{k}": ("COCO FPN 1x", k) for k in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")})
+    instance={f"{form}_{k}": (task, k) for form, task in dict(instance="COCO FPN 1x", instance_2x="COCO FPN 2x", instance_c4="COCO C4 1x").items() for k in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")})
 
 def add_missing(
     table:pd.DataFrame, # from `summarize`
@@ -199,13 +199,15 @@ def make_table(
     failures=(), # from `read_failures`
 )->pd.DataFrame: # a row per method, percent; beside a metric the paper's number, where one is published
     "One of the project's tables."
-    table = summarize(records, TABLES[check_choice("table", name, TABLES)])
+    metrics = TABLES[check_choice("table", name, TABLES)]
+    measured = {m for r in records for m, v in r["metrics"].items() if v is not None}
+    table = summarize(records, {m: label for m, label in metrics.items() if m in measured} or metrics)
     for metric, (task, what) in PAPER.get(name, {}).items():
         values = table.method.map(lambda m: paper_value(m, task, what)).astype(float)
-        if values.notna().any(): table.insert(table.columns.get_loc(f"{TABLES[name][metric]} std") + 1, f"{TABLES[name][metric]} paper", values)
+        if values.notna().any() and f"{metrics[metric]} std" in table: table.insert(table.columns.get_loc(f"{metrics[metric]} std") + 1, f"{metrics[metric]} paper", values)
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
 
-# %% ../nbs/13_results.ipynb #f84dbe33
+# %% ../nbs/13_results.ipynb #c0cd6b5d
 def compare_records(
     ours:list, # records
     theirs:list, # records, of which those with the same ids are compared

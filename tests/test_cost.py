@@ -61,7 +61,7 @@ def test_dry_run_of_pretraining_at_full_size(run, tmp_path, monkeypatch):
     for word in "resnet50, 224 px, 200 epochs of 1,281,167 images", "1,000,800 steps", "a step of 256 images", "measured at a batch of 2", f"assuming that a GPU sustains {SUSTAINED/1e12:g} T": assert word in done.out, word
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize("protocol", ["linear", "semi", "segmentation", "detection", "instance"])
+@pytest.mark.parametrize("protocol", ["linear", "semi", "segmentation", "detection", "instance", "instance_c4"])
 def test_dry_run_of_evaluations(run, protocol):
     done = run("evaluate", "--dry-run", "--preset", "smoke", "--protocol", protocol, "--device", "cpu")
     assert done.code == 0 and f"{protocol}, preset smoke, small" in done.out and "GPU-hours, assuming" in done.out, done
@@ -90,7 +90,7 @@ def test_plan_is_what_snakemake_would_do(tmp_path):
 def test_plan_of_the_paper_without_data(capsys):
     print_plan(Settings("paper", seeds=1, ablation_seeds=0))
     out = capsys.readouterr().out
-    for word in "lewel_b_syncbn-s0", "ImageNet-1k", "COCO 2017", "MISSING, set paper in [data]", "assuming that a GPU sustains", "--preset paper_c4": assert word in out, word
+    for word in "lewel_b_syncbn-s0", "ImageNet-1k", "COCO 2017", "MISSING, set paper in [data]", "assuming that a GPU sustains", "instance_2x instance_c4": assert word in out, word
     with pytest.raises(ZeroDivisionError): plan(Settings("smoke"), sustained=0)
 
 # --- the table

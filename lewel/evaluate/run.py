@@ -15,7 +15,7 @@ from ..boxes import open_boxes
 from ..core import UserError, atomic_write, check_choice
 from ..data import has_split, open_data
 from .detection import DETECTION, evaluate_detection
-from .instance import INSTANCE, evaluate_instance
+from .instance import INSTANCE, INSTANCE_2X, INSTANCE_C4, evaluate_instance
 from .knn import KNN, evaluate_knn
 from .linear import LINEAR, evaluate_linear
 from .segmentation import SEGMENTATION, evaluate_segmentation
@@ -62,8 +62,10 @@ class Given(NamedTuple):
 class Protocol(NamedTuple):
     "A protocol, for `evaluate`."
     sets:Callable # (data, size, strict) -> (train, test)
-    presets:dict # "smoke", "demo", "imagenette", "paper", perhaps more -> settings, a dataclass
+    presets:dict # "smoke", "demo", "imagenette", "paper" -> settings, a dataclass
     run:Callable # (backbone, train, test, settings, Given) -> dict of metrics
+
+def _instance(name, presets): return Protocol(box_sets, presets, lambda b, train, test, p, given: {f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
 
 protocols = dict(
     knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device)),
@@ -71,7 +73,7 @@ protocols = dict(
     semi=Protocol(evaluation_sets, SEMI, lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5])),
     segmentation=Protocol(mask_sets, SEGMENTATION, lambda b, train, test, p, given: evaluate_segmentation(b, train, test, p, *given[1:])),
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
-    instance=Protocol(box_sets, INSTANCE, lambda b, train, test, p, given: {f"instance_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()}))
+    **{name: _instance(name, presets) for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X, instance_c4=INSTANCE_C4).items()})
 
 # %% ../../nbs/26_evaluate_run.ipynb #05a84909
 class Partial:
