@@ -113,7 +113,7 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
 
-# %% ../nbs/12_paper.ipynb #7d4748e6
+# %% ../nbs/12_paper.ipynb #e403c60c
 def recipe_name(
     recipe:Recipe, # of any seed
     scale:str, # that it belongs to
