@@ -1,5 +1,7 @@
 # reproduce: rerun the experiments of a scale · test: everything that must hold · verify: results follow from the records · bench: how fast, side by side · readme: README.md from its notebook
-PYTHON ?= python3
+# Snakemake needs Python 3.11; the library by itself runs on 3.10
+recent = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p -c '$(recent)' 2>/dev/null && echo $$p && break; done),python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # uv takes a fifth of pip's time; pip where uv finds no index, since only pip reads pip.conf
@@ -20,6 +22,7 @@ GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 .PHONY: reproduce test verify bench readme clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(recent)' || { echo "error: the experiments need Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version): install one, and name it with make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
 	$(call install,dev)
