@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPER', 'PAIRS', 'git_state', 'cpu_model',
            'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record', 'read_records', 'write_curve',
-           'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_records', 'gain_table', 'conclude',
-           'ablation_table', 'write_table']
+           'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_records', 'paired_interval', 'gain_table',
+           'conclude', 'ablated_runs', 'ablation_table', 'ablation_gains', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -207,7 +207,7 @@ def make_table(
         if values.notna().any() and f"{metrics[metric]} std" in table: table.insert(table.columns.get_loc(f"{metrics[metric]} std") + 1, f"{metrics[metric]} paper", values)
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
 
-# %% ../nbs/13_results.ipynb #c0cd6b5d
+# %% ../nbs/13_results.ipynb #7eb04962
 def compare_records(
     ours:list, # records
     theirs:list, # records, of which those with the same ids are compared
@@ -225,6 +225,15 @@ def compare_records(
 # %% ../nbs/13_results.ipynb #39325569
 PAIRS = dict(lewel_m="mocov2", lewel_b="byol") # method -> its baseline
 
+def paired_interval(
+    gains:list, # seed by seed
+)->dict: # n, mean, low, high (NaN for one seed), gains (as text)
+    "Mean of the gains, and its 95% interval."
+    gains = pd.Series(gains, dtype=float)
+    n, mean = len(gains), gains.mean()
+    half = stdtrit(n - 1, 0.975)*gains.std(ddof=1)/n**0.5 if n > 1 else math.nan
+    return dict(n=n, mean=mean, low=mean - half, high=mean + half, gains=" ".join(f"{g:+.2f}" for g in gains))
+
 def gain_table(
     records:list, # evaluations of one scale
     name:str, # one of `TABLES`
@@ -234,11 +243,8 @@ def gain_table(
     value = {(r["method"], r["seed"], m): r["metrics"][m] for r in records if r["kind"] == "evaluation" for m in metrics if r["metrics"].get(m) is not None}
     for method, baseline in PAIRS.items():
         for m, label in metrics.items():
-            gains = pd.Series({s: v - value[baseline, s, m] for (who, s, what), v in sorted(value.items()) if (who, what) == (method, m) and (baseline, s, m) in value}, dtype=float)
-            if not len(gains): continue
-            n, mean = len(gains), gains.mean()
-            half = stdtrit(n - 1, 0.975)*gains.std(ddof=1)/n**0.5 if n > 1 else math.nan
-            rows.append(dict(method=method, baseline=baseline, metric=label, n=n, mean=mean, low=mean - half, high=mean + half, gains=" ".join(f"{g:+.2f}" for g in gains)))
+            gains = [v - value[baseline, s, m] for (who, s, what), v in sorted(value.items()) if (who, what) == (method, m) and (baseline, s, m) in value]
+            if gains: rows.append(dict(method=method, baseline=baseline, metric=label) | paired_interval(gains))
     return pd.DataFrame(rows, columns=["method", "baseline", "metric", "n", "mean", "low", "high", "gains"])
 
 def conclude(
@@ -249,6 +255,24 @@ def conclude(
     return [f"{r.method} over {r.baseline}, {r.metric}: {r.mean:+.2f} points" + (f", 95% interval {r.low:+.2f} to {r.high:+.2f} ({r.n} seeds)" if r.n > 1 else "") + f": {words(r)}" for r in gains.itertuples()]
 
 # %% ../nbs/13_results.ipynb #3fcd9c1f
+def ablated_runs(
+    runs:list, # records of pretraining
+    evaluations:list, # that build on them
+    scale:str, # of all of them
+)->list: # (factor, value, method, whether it is the default, [(evaluation, run) sorted by seed]) for each value that was run
+    "Which runs belong to which value of each factor; the plain baselines are those of the factor \"baseline\"."
+    recipes = {r["id"]: (r["recipe"] | dict(seed=0), r) for r in runs}
+    found = [(*recipes[e["builds_on"][0]], e) for e in evaluations if e["builds_on"] and e["builds_on"][0] in recipes]
+    wanted = []
+    for method, baseline in PAIRS.items():
+        default = ablation_runs(method, "default", scale)
+        wanted += [("baseline", baseline, method, False, default[baseline])]
+        for factor, values in ablation_factors(method, scale).items():
+            asked = [default[method], *ablation_runs(method, factor, scale).values()]
+            wanted += [(factor, label, method, recipe is default[method], recipe) for label, recipe in zip(values, asked)]
+    pairs = [(*what, sorted(((e, r) for asked, r, e in found if asked == plain(asdict(recipe))), key=lambda pair: pair[0]["seed"])) for *what, recipe in wanted]
+    return [row for row in pairs if row[-1]]
+
 def ablation_table(
     runs:list, # records of pretraining
     evaluations:list, # that build on them
@@ -256,22 +280,28 @@ def ablation_table(
     scale:str, # of all of them
 )->pd.DataFrame: # factor, value, method, default, seeds, n, "LABEL mean" and "LABEL std" for each metric, map entropy (percent of the uniform map's), scale, runs
     "Mean and standard deviation for each value of each factor, and of the plain baselines (factor \"baseline\")."
-    recipes = {r["id"]: (r["recipe"] | dict(seed=0), r) for r in runs}
-    found = [(*recipes[e["builds_on"][0]], e) for e in evaluations if e["builds_on"] and e["builds_on"][0] in recipes]
     rows = []
-    for method, baseline in PAIRS.items():
-        default = ablation_runs(method, "default", scale)
-        wanted = [("baseline", baseline, False, default[baseline])]
-        for factor, values in ablation_factors(method, scale).items():
-            asked = [default[method], *ablation_runs(method, factor, scale).values()]
-            wanted += [(factor, label, recipe is default[method], recipe) for label, recipe in zip(values, asked)]
-        for factor, value, is_default, recipe in wanted:
-            mine = sorted(((e, r) for asked, r, e in found if asked == plain(asdict(recipe))), key=lambda pair: pair[0]["seed"])
-            if not mine: continue
-            row = _row(scale, recipe.method, [e for e, _ in mine], metrics)
-            entropy = 100*pd.Series([r["metrics"].get("map_entropy") for _, r in mine], dtype=float).mean()
-            rows.append(dict(factor=factor, value=value, method=method, default=is_default) | {k: v for k, v in row.items() if k not in ("method", "scale", "runs")} | {"map entropy": entropy, "scale": scale, "runs": row["runs"]})
+    for factor, value, method, default, mine in ablated_runs(runs, evaluations, scale):
+        row = _row(scale, mine[0][1]["method"], [e for e, _ in mine], metrics)
+        entropy = 100*pd.Series([r["metrics"].get("map_entropy") for _, r in mine], dtype=float).mean()
+        rows.append(dict(factor=factor, value=value, method=method, default=default) | {k: v for k, v in row.items() if k not in ("method", "scale", "runs")} | {"map entropy": entropy, "scale": scale, "runs": row["runs"]})
     return pd.DataFrame(rows)
+
+# %% ../nbs/13_results.ipynb #cafa732d
+def ablation_gains(
+    runs:list, # records of pretraining
+    evaluations:list, # that build on them
+    metric:str, # in the records
+    label:str, # of it
+    scale:str, # of all of them
+)->pd.DataFrame: # as `gain_table`: method is the value, baseline the method whose default it is compared with
+    "What each value gains over the default, in points."
+    rows, value = ablated_runs(runs, evaluations, scale), lambda mine: {e["seed"]: e["metrics"][metric] for e, _ in mine if e["metrics"].get(metric) is not None}
+    defaults, out = {method: value(mine) for _, _, method, default, mine in rows if default}, []
+    for factor, name, method, default, mine in rows:
+        gains = [v - defaults[method][s] for s, v in value(mine).items() if not default and s in defaults.get(method, {})]
+        if gains: out.append(dict(method=name if factor == "baseline" else f"{factor} {name}", baseline=method, metric=label) | paired_interval(gains))
+    return pd.DataFrame(out, columns=["method", "baseline", "metric", "n", "mean", "low", "high", "gains"])
 
 # %% ../nbs/13_results.ipynb #57f6985a
 def _cell(value):
