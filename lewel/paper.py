@@ -113,14 +113,12 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
 
-# %% ../nbs/12_paper.ipynb #e403c60c
+# %% ../nbs/12_paper.ipynb #5e909e68
 def recipe_name(
     recipe:Recipe, # of any seed
-    scale:str, # that it belongs to
 )->str: # such as "lewel_b_syncbn"
-    "The name of a recipe at a scale; of one that is not among the scale's, its method's."
-    same = (name for name, r in recipes.get(scale, {}).items() if r.changed(seed=recipe.seed) == recipe)
-    return next(same, recipe.method)
+    "The name of a recipe; of one that is not among `recipes`, its method's."
+    return next((name for at_scale in recipes.values() for name, r in at_scale.items() if r.changed(seed=recipe.seed) == recipe), recipe.method)
 
 # %% ../nbs/12_paper.ipynb #83d01dd3
 ablation_epochs = dict(smoke=1, demo=7, imagenette=200, paper=100)
