@@ -138,7 +138,7 @@ def cut_crop(
     crop = torch.tensor([*MEAN_COLOR, IGNORE], dtype=torch.uint8)[:, None, None].repeat(1, side, side)
     start = [int(u*(abs(n - side) + 1)) for u, n in zip(place, size)]
     source, target = zip(*((slice(s, s + side), slice(side)) if n >= side else (slice(n), slice(s, s + n)) for s, n in zip(start, size)))
-    crop[:, *target] = pair[:, *source]
+    crop[(..., *target)] = pair[(..., *source)]
     return crop.flip(2) if mirror else crop
 
 # %% ../../nbs/21_evaluate_segmentation.ipynb #0d7f86b8
