@@ -1,7 +1,8 @@
 "The graph of experiments: jobs, the lock, a cluster."
-import os, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from lewel.core import atomic_write
 from lewel.experiments import only_one
 from lewel.results import read_records
 
@@ -35,6 +36,31 @@ def test_a_second_reproduction_is_refused():
 def test_wrong_settings_are_refused(setting, words):
     code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, **setting)
     assert code == 2 and words in err and len(err.splitlines()) == 1
+
+def test_a_job_without_its_mark_is_done_again(tmp_path):
+    "Even where the tables are there: of a failed job, which is tried again with what depends on it and nothing else; and of all jobs, in a clone, which has tables and no marks."
+    shutil.copy(root/"settings.ini", tmp_path)
+    def snakemake(*options):
+        command = Path(sys.executable).parent/"snakemake", "--snakefile", root/"experiments/Snakefile", "--directory", tmp_path, "--cores", 1, "--nolock", "--rerun-triggers", "mtime", *options
+        code, out, err = call(*command, LEWEL_SCALE="smoke", LEWEL_SEEDS="1", LEWEL_ABLATION_SEEDS="0")
+        assert code == 0, err
+        return out + err
+    def jobs(): return dict(re.findall(r"^(\w+) +(\d+)$", snakemake("--dry-run", "--quiet", "rules"), re.M))
+    everything = jobs()
+    assert everything["pretrain"] == "4" and everything["evaluate"] == "12"
+    outputs = [tmp_path/f for f in re.findall(r"^(results/\S+)\t", snakemake("--summary"), re.M)]
+    for age, kind in enumerate((".trained", ".evaluated", "")):
+        for f in outputs:
+            if f.suffix == kind or not kind and f.parent.name != "marks":
+                atomic_write(f, "done")
+                os.utime(f, (age, age))
+    assert not jobs()
+    (tmp_path/"results/smoke/marks/byol-s0.evaluated").unlink()
+    again = jobs()
+    assert again["evaluate"] == "1" and "pretrain" not in again and "table" in again
+    shutil.rmtree(tmp_path/"results/smoke/marks")
+    again = jobs()
+    assert (again["pretrain"], again["supervised"], again["evaluate"]) == ("4", "1", "12")
 
 def test_slurm_profile(tmp_path):
     "Snakemake accepts the profile, and would send every job to the cluster."
