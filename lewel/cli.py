@@ -111,6 +111,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--log-every", type=int, default=10, help="steps between rows of curve.csv")
     p.add_argument("--save-every", type=int, default=None, help="steps between checkpoints, beside those at the end of an epoch and every five minutes")
     p.add_argument("--monitor-every", type=int, default=1, help="epochs between kNN monitors where there are labels; 0: never")
+    p.add_argument("--snapshots", type=int, default=0, help="at how many moments, from the beginning to the end, the weights are kept, to see later how the maps came about")
     p.add_argument("--progress", default="auto", help="auto, bars, lines or none")
     p.add_argument("--logger", default="none", help="none, tensorboard or wandb, through fastai's callbacks (the package must be installed)")
     return p
@@ -165,7 +166,7 @@ def pretrain_command(argv=None):
         recipe = recipe_from(a)
         if a.dry_run: return print(dry_pretrain(recipe, a))
         time_budget(a.max_minutes)
-        record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, scale=a.scale if a.data in ("scenes", "imagenette") else "custom", start=a.start,
+        record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, a.snapshots, scale=a.scale if a.data in ("scenes", "imagenette") else "custom", start=a.start,
                           progress=a.progress, cbs=logger_callbacks(a.logger if first_process() else "none", a.out), accumulate=a.accumulate)
         if not first_process(): return
         m, skipped = record["metrics"], record["data"]["skipped"]
