@@ -79,14 +79,14 @@ def byol_views(
     **changes, # fields of `ViewRecipe` to change in both
 )->tuple: # (ViewRecipe, ViewRecipe)
     "BYOL's two recipes, which LEWEL_B uses too."
-    return ViewRecipe(size, blur=1., **changes), ViewRecipe(size, blur=0.1, solarize=0.2, **changes)
+    return ViewRecipe(size, **(dict(blur=1.) | changes)), ViewRecipe(size, **(dict(blur=0.1, solarize=0.2) | changes))
 
 def mocov2_views(
     size:int=224, # side, pixels
     **changes, # fields of `ViewRecipe` to change in both
 )->tuple: # (ViewRecipe, ViewRecipe), equal
     "MoCo v2's recipe, twice, which LEWEL_M uses too."
-    return (ViewRecipe(size, **dict(dict(saturation=0.4, blur=0.5), **changes)),)*2
+    return (ViewRecipe(size, **(dict(saturation=0.4, blur=0.5) | changes)),)*2
 
 # %% ../nbs/03_views.ipynb #bc3b0fab
 def crop_boxes(
