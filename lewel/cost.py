@@ -59,7 +59,7 @@ def count_parameters(
     return dict(trained=sum(p.numel() for p in model.parameters() if p.requires_grad), parameters=sum(p.numel() for p in model.parameters()))
 
 # %% ../nbs/28_cost.ipynb #2364c732
-NUMBERS = "scale", "global_weight", "normalize", "target_norm", "base_momentum", "cosine_momentum", "temperature" # options of methods that no product's shape depends on
+NUMBERS = "scale", "global_weight", "normalize", "target_norm", "base_momentum", "cosine_momentum", "temperature", "predictor_init" # options of methods that no product's shape depends on
 
 @cache
 def _counts(name, backbone, options, size, batch_size=2):

@@ -38,9 +38,12 @@ class Regression(nn.Module):
     def __init__(self,
         dim:int, # d
         hidden_dim:int, # of the predictor
+        init:str="kaiming", # of the predictor: "kaiming", or "torch" for PyTorch's own
     ):
         super().__init__()
         self.predictor = Head(dim, hidden_dim, dim)
+        if init == "torch":
+            for layer in (self.predictor.hidden, self.predictor.out): layer.reset_parameters()
 
     def forward(self, online, target): return regression_loss(self.predictor(online), target)
     def push(self, target): pass
@@ -203,7 +206,7 @@ def alignment_maps(self:Method,
     return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
 # %% ../nbs/08_methods.ipynb #bcc09522
-byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True)
+byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True, predictor_init="kaiming")
 mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params", symmetric=False, queue_size=65536, temperature=0.2)
 lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned", normalize=True)
 method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults, lewel_b=byol_defaults | lewel_defaults)
@@ -230,6 +233,7 @@ def check_options(
     for o in options: check_choice(f"option of {name}", o, defaults)
     o = defaults | options
     check_choice("target_norm", o["target_norm"], ("eman", "params"))
+    check_choice("predictor_init", o.get("predictor_init", "kaiming"), ("kaiming", "torch"))
     for k, v in options.items(): check_kind(k, v, defaults[k])
     for k in "dim", "hidden_dim", "groups", "queue_size":
         if o.get(k) is not None and not (isinstance(o[k], int) and o[k] >= 1): raise UserError(f"{k}={o[k]!r} must be a positive whole number")
@@ -253,7 +257,7 @@ def create_method(
 
     if lewel: head = CoupledHead(channels, hidden_dim, dim, byol, o["groups"], o["scale"], o["coupled"], o["aggregation"], o["normalize"])
     else: head = PooledHead(channels, hidden_dim, dim, byol)
-    criterion = lambda: Regression(dim, hidden_dim) if byol else Contrast(dim, o["queue_size"], o["temperature"])
+    criterion = lambda: Regression(dim, hidden_dim, o["predictor_init"]) if byol else Contrast(dim, o["queue_size"], o["temperature"])
 
     shared = {k: o[k] for k in ("base_momentum", "cosine_momentum", "target_norm", "symmetric")}
     return Method(Network(backbone, head), criterion(), criterion() if lewel else None, o.get("global_weight", 1.0), shuffle=not byol, **shared)
