@@ -305,14 +305,16 @@ def plot_ablations(
     "The metric for each value of each factor, with one standard deviation over seeds. Raises `UserError` for an unknown metric."
     check_choice("metric", metric, [c.removesuffix(" mean") for c in table if c.endswith(" mean")])
     factors = [f for f in dict.fromkeys(table.factor) if f != "baseline"]
-    columns = min(4, len(factors))
-    fig, axes = new_figure(-(-len(factors)//columns), columns, width=1.9*columns + .4, height=.8 + 1.55*-(-len(factors)//columns), sharey=True)
+    n = -(-len(factors)//4) # rows
+    columns = -(-len(factors)//n)
+    fig, axes = new_figure(n, columns, width=1.9*columns + .4, height=.8 + 1.55*n, sharey=True)
     for ax, factor in zip(axes.flat, factors):
         part = table[table.factor == factor]
         values = list(dict.fromkeys(part.value))
         if all(v.replace(".", "", 1).isdigit() for v in values): values.sort(key=float)
         for shift, method in zip((-.12, .12), PAIRS):
             rows, color = part[part.method == method], method_colors([method])[method]
+            if rows.empty: continue     # a factor of the other method alone
             x = np.array([values.index(v) + shift for v in rows.value])
             ax.errorbar(x, rows[f"{metric} mean"], yerr=np.nan_to_num(rows[f"{metric} std"]), fmt="o", ms=4, capsize=2, color=color)
             ax.plot(x[rows.default], rows[f"{metric} mean"][rows.default], "o", ms=7, mfc="none", mec=".2", mew=.8)
