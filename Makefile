@@ -4,9 +4,9 @@ recent = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p -c '$(recent)' 2>/dev/null && echo $$p && break; done),python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# uv takes a fifth of pip's time; pip where uv finds no index, since only pip reads pip.conf
+# uv takes a fifth of pip's time; pip where uv finds no index, since only pip reads pip.conf. Like pip it compiles what it installs, or each of the many processes would, where Python may not write bytecode
 PACKAGES = --quiet --constraint constraints.txt --editable
-install  = $(BIN)/uv pip install --python $(BIN)/python $(PACKAGES) '.[$(1)]' || $(BIN)/pip install $(PACKAGES) '.[$(1)]'
+install  = $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(PACKAGES) '.[$(1)]' || $(BIN)/pip install $(PACKAGES) '.[$(1)]'
 export PATH := $(abspath $(BIN)):$(PATH)
 # SCALE=demo SEEDS=3 DENSE_SEEDS=1 ABLATION_SEEDS=1 DEVICE=cpu MAX_MINUTES=60 override settings.ini; DRY_RUN=1 only prints the plan
 export LEWEL_SCALE          := $(or $(SCALE),$(LEWEL_SCALE))
