@@ -18,7 +18,7 @@ from .core import UserError, check_choice
 def init_weights(
     module:nn.Module, # initialized in place, with everything in it
 )->nn.Module: # `module`
-    "Kaiming normal (fan-out, ReLU gain) for convolutions and linear layers, 1 / 0 for norms, 0 for biases (method.md section 2, after the authors' code)."
+    "Kaiming normal (fan-out, ReLU gain) for convolutions and linear layers, 1 / 0 for norms, 0 for biases: as the authors initialize their networks."
     for m in module.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(m, nn.modules.batchnorm._BatchNorm): nn.init.ones_(m.weight)

@@ -1,4 +1,4 @@
-"A checkpoint of exactly the authors' form and size: ResNet-50, hidden layers of 4096, d = 256 (method.md section 9 is where its names are from)."
+"A checkpoint of exactly the authors' form and size: ResNet-50, hidden layers of 4096, d = 256, with the names of their released files."
 import pytest, torch
 from lewel.interop import load_official, official_names
 from lewel.methods import create_method
