@@ -119,7 +119,7 @@ def run_job(
         except Exception as e:
             name, text = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
             if name in ("Stopped", "KeyboardInterrupt") and "time budget" not in text: raise SystemExit(f"{out}: {text}") from None
-            if name == "DeadKernelError": text = "its process was killed, most often because memory ran out: with fewer jobs at once (make CORES=1) it goes on from its last checkpoint"
+            if name == "DeadKernelError": text = "its process was killed, most often because memory ran out: with fewer jobs at once (make reproduce CORES=1) it goes on from its last checkpoint"
             reason = " ".join((text if name in ("UserError", "Stopped", "NonFiniteLoss", "DeadKernelError") else f"{name}: {text}").split())[:300]
     if reason: write_failure(out, parameters.get("method", "supervised"), parameters["seed"], parameters.get("protocols", "pretrain"), reason); print(f"FAILED {out}: {reason}", file=sys.stderr)
     else: (out/"failed.json").unlink(missing_ok=True)
