@@ -33,7 +33,7 @@ $(VENV)/bench: $(VENV)/installed
 	touch $@
 
 reproduce: $(VENV)/installed
-	@python experiments/reproduce.py --cores $(CORES) --resources gpu=$(GPUS) $(SNAKEMAKE)
+	@python experiments/reproduce.py --resources gpu=$(GPUS) --cores $(CORES) $(SNAKEMAKE)
 
 test: $(VENV)/installed
 	python tests/check_sync.py

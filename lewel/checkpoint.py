@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['format_version', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'restore', 'check_same_recipe',
-           'load_run']
+           'load_method', 'load_run']
 
 # %% ../nbs/14_checkpoint.ipynb #3b4a71c5
 import random
@@ -90,6 +90,17 @@ def check_same_recipe(
     if changed: raise UserError(f"{path} was started with another recipe ({'; '.join(changed)}); use the same settings to resume, or another output folder")
 
 # %% ../nbs/14_checkpoint.ipynb #b66fd7a6
+def load_method(
+    path, # a checkpoint
+    backbone=None, # the module it was trained with, if it was not one that the recipe names
+)->tuple: # (method in evaluation mode, recipe, what `load_checkpoint` gives)
+    "The method in a checkpoint. Raises `UserError` if it is none."
+    state = load_checkpoint(path)
+    recipe = Recipe(**state["recipe"])
+    method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
+    method.load_state_dict(state["method"])
+    return method.eval(), recipe, state
+
 def load_run(
     run, # folder of a run
     backbone=None, # the module it was trained with, if it was not one that the recipe names
@@ -97,10 +108,6 @@ def load_run(
     "Load a finished run. Raises `UserError` if there is none."
     from lewel.results import read_record
     run = Path(run)
-    for name, remedy in ("last.pt", "train it with lewel-pretrain"), ("record.json", "it has not finished: call lewel-pretrain again with the same settings"):
+    for name, remedy in ("last.pt", "train it with lewel-pretrain"), ("record.json", f"it has not finished: call lewel-pretrain again with the same settings, or take its weights as they are from {run/'last.pt'}"):
         if not (run/name).exists(): raise UserError(f"no finished run at {run}: {name} is missing; {remedy}")
-    state = load_checkpoint(run/"last.pt")
-    recipe = Recipe(**state["recipe"])
-    method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
-    method.load_state_dict(state["method"])
-    return method.eval(), recipe, read_record(run)
+    return *load_method(run/"last.pt", backbone)[:2], read_record(run)

@@ -184,7 +184,7 @@ def evaluate_command(argv=None):
     from lewel.evaluate.run import evaluate, protocols
     from lewel.pretrain import time_budget
     p = Parser(prog="lewel-evaluate", description="Evaluate a pretrained backbone and write a record. Called again with the same arguments it goes on where it stopped.")
-    p.add_argument("start", metavar="START", nargs="?", help="folder of a finished run; or a weight file (an exported backbone, a torchvision state dict, the authors' checkpoint, safetensors); or 'random'")
+    p.add_argument("start", metavar="START", nargs="?", help="folder of a finished run; a checkpoint of any run (RUN/last.pt, RUN/best.pt); a weight file (an exported backbone, a torchvision state dict, the authors' checkpoint, safetensors); or 'random'")
     p.add_argument("--data", help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
     p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(protocols)}")
     p.add_argument("--preset", default="imagenette", help="settings of the protocols: smoke, demo, imagenette or paper (the authors')")
@@ -209,9 +209,9 @@ def export_command(argv=None):
     "lewel-export"
     from lewel.interop import export_backbone, export_formats
     p = Parser(prog="lewel-export", description="Write a run's backbone for another library.")
-    p.add_argument("run", help="folder of a finished run")
+    p.add_argument("run", help="folder of a finished run, or a checkpoint of any run (RUN/last.pt, RUN/best.pt)")
     p.add_argument("--format", default="torchvision", help=f"for which library: {', '.join(export_formats)}")
-    p.add_argument("--out", default=None, help="file to write (default: RUN/backbone-FORMAT, with the suffix that the library expects)")
+    p.add_argument("--out", default=None, help="file to write (default: RUN/backbone-FORMAT, of a checkpoint RUN/last-FORMAT or RUN/best-FORMAT, with the suffix that the library expects)")
     def action(a): print(export_backbone(a.run, a.out, a.format))
     return run_command(p, action, argv)
 

@@ -209,6 +209,20 @@ def test_record_without_weights_is_trained_again(labelled, finished, tmp_path, t
     a, b = weights(finished), weights(out)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
+def test_checkpoint_of_an_unfinished_run(labelled, finished, tmp_path, run):
+    "What a stopped run has learned can be evaluated and exported; the folder of one is refused, and says how."
+    out, asked = shutil.copytree(finished, tmp_path/"out"), ("--data", labelled, "--protocol", "knn", "--preset", "smoke", "--device", "cpu")
+    whole = run("evaluate", out, *asked, "--out", tmp_path/"whole")
+    (out/"record.json").unlink()
+    refused(run("evaluate", out, *asked), "evaluate", f"take its weights as they are from {out/'last.pt'}")
+    refused(run("evaluate", out/"last.pt", *asked), "evaluate", "say where the record goes (out)")
+    part = run("evaluate", out/"last.pt", *asked, "--out", tmp_path/"part")
+    assert whole.code == part.code == 0, part.err
+    a, b = (read_record(tmp_path/name) for name in ("whole", "part"))
+    assert a["metrics"] == b["metrics"] and (b["recipe"]["file"], b["recipe"]["epochs"], b["method"], b["builds_on"]) == ("last.pt", 2.0, a["method"], [])
+    done = run("export", out/"best.pt", "--format", "safetensors")
+    assert done.code == 0 and done.out.strip() == str(out/"best-safetensors.safetensors") and (out/"best-safetensors.md").exists()
+
 def test_pretrain_evaluate_export(labelled, tmp_path, run, train):
     "ResNet-18 from images to numbers and to torchvision, where it computes the same features."
     out = tmp_path/"out"

@@ -104,13 +104,13 @@ def describe(
 )->dict: # the part of the record that decides its result
     "What is to be evaluated, and how."
     recipe = dict(backbone=backbone if isinstance(backbone, str) else type(backbone).__name__, size=size, protocols={n: asdict(protocols[n].presets[preset]) for n in names})
-    recipe |= {k: info[k] for k in ("file", "fingerprint") if k in info}
+    recipe |= {k: info[k] for k in ("file", "epochs", "fingerprint") if k in info}
     data = dict(name=" + ".join(dict.fromkeys(test.name for _, test in sets.values())), fingerprint=" ".join(part.fingerprint() for pair in sets.values() for part in pair))
     return dict(kind="evaluation", scale=scale, method=info["method"], seed=info["seed"], recipe=recipe, builds_on=info["builds_on"], data=data)
 
 # %% ../../nbs/26_evaluate_run.ipynb #8d548bea
 def evaluate(
-    start, # folder of a finished run, a weight file (see `load_backbone`), or "random"
+    start, # folder of a finished run, a checkpoint, a weight file (see `load_backbone`), or "random"
     data, # "scenes", or a folder in a layout that the protocols can read; or a pair (train, test) of sets
     out=None, # folder for the record; by default evaluation/ in the run's folder
     names=("knn", "linear"), # which `protocols`
