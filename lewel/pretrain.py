@@ -161,6 +161,7 @@ class Curve(Callback):
         self.pending.append(torch.stack(self.pred[:3]))
         self.seconds = self.seconds_before + time.time() - self.started
         if self.learn.step % self.every == 0: self.flush()
+        elif self.learn.step < self.total_steps: self.show()
 
 # %% ../nbs/16_pretrain.ipynb #d751649a
 @patch
@@ -197,14 +198,15 @@ def warn_of_symptoms(self:Curve):
 
 @patch
 def show(self:Curve):
-    "A line of progress, at most every ten seconds."
+    "A line of progress, at most every ten seconds; where steps are slow, also between the rows, with the mean loss since the last one."
     now = time.time() - self.started
     if not self.lines or (now - self.printed < 10 and self.learn.step < self.total_steps): return
     self.printed, done = now, self.learn.step - self.first_step
     left = now/max(done, 1)*(self.total_steps - self.learn.step)
-    row, r = self.rows[-1], self.recipe
-    print(f"{r.method} seed {r.seed} | epoch {row['epoch']:.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {row['loss']:.3f} | "
-          f"{done*r.batch_size/now:.0f} images/s | {format_time(left)} left", flush=True)
+    loss, r = torch.stack(self.pending)[:, 0].mean().item() if self.pending else self.rows[-1]["loss"], self.recipe
+    rate = done*r.batch_size/now
+    print(f"{r.method} seed {r.seed} | epoch {self.learn.step/len(self.loader):.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {loss:.3f} | "
+          f"{rate:.{0 if rate >= 10 else 1}f} images/s | {format_time(left)} left", flush=True)
 
 # %% ../nbs/16_pretrain.ipynb #8e1df8bc
 def monitor_sets(

@@ -47,7 +47,7 @@ def test_a_job_without_its_mark_is_done_again(tmp_path):
         return out + err
     def jobs(): return dict(re.findall(r"^(\w+) +(\d+)$", snakemake("--dry-run", "--quiet", "rules"), re.M))
     everything = jobs()
-    assert everything["pretrain"] == "4" and everything["evaluate"] == "12"
+    assert (everything["pretrain"], everything["evaluate"], everything["evaluate_dense"]) == ("4", "6", "6")
     outputs = [tmp_path/f for f in re.findall(r"^(results/\S+)\t", snakemake("--summary"), re.M)]
     for age, kind in enumerate((".trained", ".evaluated", "")):
         for f in outputs:
@@ -60,7 +60,7 @@ def test_a_job_without_its_mark_is_done_again(tmp_path):
     assert again["evaluate"] == "1" and "pretrain" not in again and "table" in again
     shutil.rmtree(tmp_path/"results/smoke/marks")
     again = jobs()
-    assert (again["pretrain"], again["supervised"], again["evaluate"]) == ("4", "1", "12")
+    assert (again["pretrain"], again["supervised"], again["evaluate"], again["evaluate_dense"]) == ("4", "1", "6", "6")
 
 def test_slurm_profile(tmp_path):
     "Snakemake accepts the profile, and would send every job to the cluster."
