@@ -56,6 +56,7 @@ def check_tensors(
     wrong += [f"{k} has shape {tuple(found[k].shape)}, expected {tuple(t.shape)}" for k, t in expected.items() if k in found and found[k].shape != t.shape]
     if wrong: raise UserError(f"{problem}: {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
 
+# %% ../nbs/10_interop.ipynb #75e7c4eb
 def is_checkpoint(
     content, # of a weight file
 )->bool:
@@ -72,6 +73,7 @@ def state_tensors(
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())): raise UserError(f"{what} holds no state dict: expected names and tensors, as `model.state_dict()` gives them")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
+# %% ../nbs/10_interop.ipynb #c15f6b90
 def load_official(
     method:nn.Module, # a LEWEL_B method of the checkpoint's backbone and sizes; changed in place
     checkpoint, # path of the authors' checkpoint, the dict in it, or its state dict
@@ -266,6 +268,7 @@ def model_card(
     lines += ["## Origin", f"{r['created']}, {r['seconds']:.0f} s on {r['hardware']['device']} ({r['hardware']['cpu']}); {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {commit}."]
     return "\n\n".join(lines) + "\n"
 
+# %% ../nbs/10_interop.ipynb #9cd08b42
 def checkpoint_card(
     path, # a checkpoint
     file:str, # name of the weight file
