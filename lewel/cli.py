@@ -109,6 +109,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--workers", type=int, default=2, help="processes that decode images when they are streamed from files")
     p.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of skipping it")
     p.add_argument("--accumulate", type=int, default=1, help="parts in which a batch goes through the network, one after the other, to save memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute at the beginning, and on a GPU perhaps faster steps; results differ by rounding")
     add_dry_run(p, "8 on the CPU and the recipe's batch on a GPU")
     p.add_argument("--start", default=None, metavar="FILE", help="weights to start from: the authors' checkpoint (LEWEL_B, whole), or a backbone in any format that lewel-evaluate reads")
     add_budget(p)
@@ -171,7 +172,7 @@ def pretrain_command(argv=None):
         if a.dry_run: return print(dry_pretrain(recipe, a))
         time_budget(a.max_minutes)
         record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, a.snapshots, scale=a.scale if a.data in ("scenes", "imagenette") else "custom", start=a.start,
-                          progress=a.progress, cbs=logger_callbacks(a.logger if first_process() else "none", a.out), accumulate=a.accumulate)
+                          progress=a.progress, cbs=logger_callbacks(a.logger if first_process() else "none", a.out), accumulate=a.accumulate, compile=a.compile)
         if not first_process(): return
         m, skipped = record["metrics"], record["data"]["skipped"]
         print(f"{record['id']}: loss {m['loss']:.3f}" + (f", kNN monitor {m['monitor_knn_top1']:.1f}%" if "monitor_knn_top1" in m else "") + f", {record['images_per_second']:.0f} images/s"

@@ -8,7 +8,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
            'peak_memory_mb', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory', 'check_positions',
            'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'make_output', 'check_least',
-           'train', 'pretrain', 'StopAt']
+           'train', 'compile_networks', 'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, math, os, resource, signal, sys, threading, time
@@ -71,6 +71,8 @@ class Pretraining(Learner):
         with closing(iter(self.dl)) as self.parts:      # ends its workers, whatever happens
             for i, first_part in enumerate(self.parts): self.one_batch(i, first_part)      # which takes the other parts itself
 
+    def _set_device(self, b): return b      # views are made on the device; to move the indices too would wait for it
+
     def _call_one(self, event_name):
         try: super()._call_one(event_name)
         except Exception as e:      # fastai puts a line of its own before the message: take it off again
@@ -82,7 +84,7 @@ class DeviceSmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         self.count += 1
         loss = learn.loss.detach().float()
-        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+        self.val = torch.lerp(loss, self.val if self.count > 1 else torch.zeros_like(loss), self.beta)
 
 # %% ../nbs/16_pretrain.ipynb #1e5396fc
 @patch
@@ -90,7 +92,7 @@ def _do_one_batch(self:Pretraining):
     "Forward and backward for each part of the batch, means over parts and processes, one step."
     losses, keys = [], []
     for part in range(self.accumulate):
-        if part: self._split(self._set_device(next(self.parts)))
+        if part: self._split(next(self.parts))
         with self.precision.autocast: self.pred, targets = self.model.part_losses(*self.xb)
         self("after_pred")
         self.loss_grad = self.pred.loss/self.accumulate
@@ -478,6 +480,7 @@ def pretrain_record(
     device:torch.device, # trained on
     scale:str, # the run belongs to
     builds_on:list=(), # weights that it started from
+    compiled:bool=False, # whether torch.compile was used
 )->dict: # for `write_record`
     "What a finished run says of itself."
     rows, r = learn.curve.rows, learn.recipe
@@ -487,7 +490,7 @@ def pretrain_record(
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
     record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
-                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
+                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
 # %% ../nbs/16_pretrain.ipynb #4a6d208a
@@ -540,6 +543,16 @@ def train(
     if step and progress == "lines": print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
     if learn.first_epoch < learn.recipe.epochs: learn.fit(learn.recipe.epochs)
 
+# %% ../nbs/16_pretrain.ipynb #707200d2
+def compile_networks(
+    method:Method, # changed in place; its parameters and their names stay
+    device:torch.device, # where it will run
+):
+    "`torch.compile` for online and target network. Raises `UserError` if it does not work here."
+    try: torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as e: raise UserError(f"compile=True, but torch.compile does not work here ({str(e).strip().splitlines()[0]}): leave it out, or install the compiler that it needs") from e
+    for network in (method.online, method.target): network.compile()
+
 # %% ../nbs/16_pretrain.ipynb #42d4b755
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
@@ -558,6 +571,7 @@ def pretrain(
     cbs=(), # more fastai callbacks, e.g. TensorBoardCallback(trace_model=False, log_preds=False)
     accumulate:int=1, # parts in which a batch goes through the network, one after the other
     start=None, # weight file to start from, see `lewel.interop.start_from`; None: fresh weights
+    compile:bool=False, # see `compile_networks`
 )->dict: # the run's record
     "Pretrain a method on images, in all processes of torchrun if it was started by it. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
     out, device = Path(out), local_device(device)
@@ -575,6 +589,7 @@ def pretrain(
         done = finished(out, recipe, fingerprint, builds_on)
         if (record := from_first_rank(lambda: done)) is not None: return record
         method = method.distribute(device).to(device, memory_format=torch.channels_last)
+        if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
         make_output(out)
         sets = monitor_sets(images, val) if monitor_every else None
@@ -584,7 +599,7 @@ def pretrain(
                          *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else []), *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             train(learn, progress)
-        return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale, builds_on)))
+        return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale, builds_on, compile)))
 
 # %% ../nbs/16_pretrain.ipynb #31b0f0c3
 class StopAt(Callback):
