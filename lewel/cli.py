@@ -150,7 +150,7 @@ def dry_pretrain(
     from lewel.pretrain import open_pair
     images = len(open_pair(args.data, recipe.size, args.strict)[0]) if args.data else IMAGES[args.scale]
     title = f"dry run: {recipe.method}, {recipe.backbone}, {recipe.size} px, {recipe.epochs} epochs of {images:,} images ({args.data or f'scale {args.scale}'})"
-    return cost_report(title, method_cost(recipe, args.device, batch=args.dry_batch, images=images, accumulate=args.accumulate))
+    return cost_report(title, method_cost(recipe, args.device, batch=args.dry_batch, images=images, accumulate=args.accumulate, compile=args.compile))
 
 def dry_evaluate(
     args, # parsed arguments of lewel-evaluate

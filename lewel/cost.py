@@ -39,7 +39,7 @@ from .experiments import Settings, evaluation_groups
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
 from .paper import Recipe, ablation_factors, ablation_runs, get_recipe, recipes, views_of
-from .pretrain import Precision, Pretraining, Steps, check_least, create_optimizer, keep_freed_memory, peak_memory_mb, pick_device
+from .pretrain import Precision, Pretraining, Steps, check_least, compile_networks, create_optimizer, keep_freed_memory, peak_memory_mb, pick_device
 from .results import PAIRS, environment, write_record
 from .scenes import SIZES
 from .views import ViewLoader
@@ -185,12 +185,14 @@ def pretrain_briefly(
     steps:int, # at least 2
     device:torch.device,
     accumulate:int=1, # parts in which a batch goes through the network
+    compile:bool=False, # see `compile_networks`
 )->dict: # see `measured`
     "A few steps of a recipe on noise."
     r = recipe.changed(batch_size=batch, **dict(precision="float32") if device.type == "cpu" else {})
     def train(lap):
         if device.type == "cpu": keep_freed_memory()
         method = create_method(r.method, r.backbone, **r.options).to(device, memory_format=torch.channels_last)
+        if compile: compile_networks(method, device)
         loader = ViewLoader(noise_images(batch*steps, 2*r.size), views_of(r), batch, r.seed, device, parts=accumulate)
         learn = Pretraining(loader, method, create_optimizer(method, r), r, device, [Steps(), Precision(r.precision, device), Lap(lap)], accumulate)
         learn.logger = lambda *args: None
@@ -283,6 +285,7 @@ def method_cost(
     batch:int=None, # images in each of them; by default 8 on the CPU, the recipe's on a GPU
     images:int=IMAGES["paper"], # to pretrain on
     accumulate:int=1, # parts in which a batch goes through the network
+    compile:bool=False, # see `lewel.pretrain.compile_networks`
 )->dict: # `method_counts`, `measured`, and batch, batch_size, steps (of the whole run), total (multiply-adds), device, precision
     "Count a recipe and take a few steps of it, in a process of its own. Raises `UserError`."
     device, counts = pick_device(device), method_counts(recipe)
@@ -292,7 +295,7 @@ def method_cost(
     if images < recipe.batch_size: raise UserError(f"batch_size {recipe.batch_size} with {images} images: choose a smaller batch_size, or add images")
     total = recipe.epochs*(images//recipe.batch_size)
     about = dict(batch=batch, batch_size=recipe.batch_size, steps=total, total=total*counts["multiply_adds"], device=device.type, precision="float32" if device.type == "cpu" else recipe.precision)
-    return counts | about | dict(measured_multiply_adds=counts["multiply_adds"]*batch/recipe.batch_size) | fresh("pretrain_briefly", recipe, batch, steps, device, accumulate)
+    return counts | about | dict(measured_multiply_adds=counts["multiply_adds"]*batch/recipe.batch_size) | fresh("pretrain_briefly", recipe, batch, steps, device, accumulate, compile)
 
 # %% ../nbs/28_cost.ipynb #6915a026
 def training_images(
