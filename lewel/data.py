@@ -103,14 +103,16 @@ def _to_rgb(image):
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 def decode_image(
     path, # file of any format that Pillow reads
-)->torch.Tensor: # 3 x H x W, uint8, RGB
+)->torch.Tensor: # 3 x H x W, uint8, RGB; a pixel's channels lie side by side, as torchvision's fast resize of uint8 wants it
     "Decode an image as a viewer would show it; raises `UnreadableImage`."
-    with _opened(path) as image: rgb = _to_rgb(ImageOps.exif_transpose(image))
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = np.array(_to_rgb(image))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #4d0b2430
 def image_size(
