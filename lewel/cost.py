@@ -478,14 +478,15 @@ def print_plan(
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
 ):
     "Print the plan of a scale; nothing is run."
+    gigabytes = lambda gb: f", {number(gb)} GB" if gb else ""
     rows, needs = plan(settings, sustained), {d["name"]: d for d in data_plan(settings).values()}
     hours, here = (sum(r["gpu_hours"] for r in rows if not (some and r["missing"])) for some in (False, True))
     print(f"Plan of scale {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}: {len(rows)} runs, none of them started.\n")
-    for r in rows: print(f"{r['name']}: {r['gpu_hours']:,.2f} GPU-hours, {r['disk_gb']:.2f} GB{', DATA MISSING' * bool(r['missing'])}\n    {r['command']}")
+    for r in rows: print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{gigabytes(r['disk_gb'])}{', DATA MISSING' * bool(r['missing'])}\n    {r['command']}")
     print("\nData:")
-    for d in needs.values(): print(f"  {d['name']}, about {d['gb']:g} GB: {'MISSING, ' + d['missing'] if d['missing'] else d['where']}")
+    for d in needs.values(): print(f"  {d['name']}{gigabytes(d['gb'])}: {'MISSING, ' + d['missing'] if d['missing'] else d['where']}")
     print(f"\n{number(hours)} GPU-hours in all, {number(here)} of them with data that is here. Estimated by multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second; training only, without the tests on the test sets.")
-    print(f"Disk: {sum(r['disk_gb'] for r in rows):,.1f} GB of checkpoints (last.pt and best.pt of every run), {sum(d['gb'] for d in needs.values()):,.1f} GB of data.")
+    print(f"Disk: {number(sum(r['disk_gb'] for r in rows))} GB of checkpoints (last.pt and best.pt of every run), {number(sum(d['gb'] for d in needs.values()))} GB of data, as far as its size is known.")
 
 # %% ../nbs/28_cost.ipynb #0c188017
 def compare_costs(
