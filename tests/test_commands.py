@@ -184,6 +184,20 @@ def test_class_folders_give_a_monitor(finished):
     assert list(accuracy.index) == [1, 2] and accuracy.between(0, 100).all()
     assert metrics["monitor_knn_top1"] == accuracy[2] and metrics["monitor_knn_top1_best"] == accuracy.max() == load_checkpoint(finished/"best.pt")["best"]
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_compiled(labelled, finished, tmp_path, train):
+    "--compile: the losses of the first epoch to 1e-3, the same names in the checkpoint, and the record says so."
+    assert train(labelled, tmp_path/"out", "--compile").code == 0
+    ours, plain = (read_curve(out).loss[:1] for out in (tmp_path/"out", finished))
+    assert (ours - plain).abs().max() < 1e-3 and list(weights(tmp_path/"out")) == list(weights(finished))
+    assert [read_record(out)["compiled"] for out in (tmp_path/"out", finished)] == [True, False]
+
+def test_compile_without_a_compiler(labelled, tmp_path, train, monkeypatch):
+    def broken(f): raise RuntimeError("no compiler\nand more")
+    monkeypatch.setattr(torch, "compile", broken)
+    refused(train(labelled, tmp_path/"out", "--compile"), "pretrain", "compile=True", "no compiler", "leave it out")
+    assert not (tmp_path/"out").exists()
+
 def test_second_call_redoes_nothing(labelled, finished, tmp_path, train, monkeypatch):
     "A finished run is recognized: no step is made, no file is written."
     out = shutil.copytree(finished, tmp_path/"out")

@@ -112,7 +112,7 @@ def test_resumes(method, there, here, tmp_path):
     with pytest.raises(Stopped): train(recipe, tmp_path/"parted", there, cbs=[StopAt(8)])
     record = train(recipe, tmp_path/"parted", here)
     assert record["peak_memory_mb"] > 0 and len(read_curve(tmp_path/"parted")) == 12
-    assert torch.allclose(weights(tmp_path/"whole"), weights(tmp_path/"parted"), rtol=0, atol=1e-6 if there == here else 1e-2)
+    assert torch.allclose(weights(tmp_path/"whole"), weights(tmp_path/"parted"), rtol=0, atol=1e-4 if there == here else 1e-2)
 
 # --- the commands
 
