@@ -490,7 +490,7 @@ def pretrain_record(
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
     record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
-                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
+                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
     return dict(id=run_id(record), **record)
 
 # %% ../nbs/16_pretrain.ipynb #4a6d208a

@@ -144,6 +144,6 @@ def evaluate(
         print(f"{title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if isinstance(v, float) and not k.startswith("iou_")), flush=True)
     skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
     record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
-    written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
+    written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment()))
     partial.path.unlink(missing_ok=True)
     return written
