@@ -9,7 +9,7 @@ __all__ = ['TITLES', 'BOUND', 'BARS', 'Stopwatch', 'side_by_side', 'Training', '
            'TwoViews', 'time_files', 'ratios', 'bar_met', 'table', 'part_table', 'report', 'slug', 'bench']
 
 # %% ../nbs/29_bench.ipynb #6b55cdaa
-import copy, itertools, json, math, os, re, tempfile, time
+import copy, itertools, json, math, re, tempfile, time
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -453,7 +453,7 @@ def report(
     s, h, v = record["shapes"], record["hardware"], record["versions"]
     where = h["device"] if record["device"] == "cuda" else h["cpu"]
     about = (f"{where}, {h['cores']} cores, torch with {h['threads']} threads. {s['backbone']}, batch of {s['batch_size']}, views of {s['size']} px from images of {s['image_size']} px, map of {s['map'][0]} x {s['map'][1]}, "
-             f"hidden layers {s['hidden_dim']}, d = {s['dim']}, h = {s['groups']}, {s['precision']}. Medians of {record['repeats']} repetitions in which all of a table take turns. "
+             f"hidden layers {s['hidden_dim']}, d = {s['dim']}, h = {s['groups']}, {s['precision']}. Medians of {record['repeats']} repetitions (files: at most 3) in which all of a table take turns. "
              f"torch {v['torch']}, lightly {v['lightly'] or 'not installed'}, timm {v['timm'] or 'not installed'}.")
     setting, bars = BARS[record["device"]]
     bars = table(("bar", "wanted", "measured", "met"), [(name, f"{limit} {bar:g}", record["ratios"][name], bar_met(record["ratios"][name], limit, bar)) for name, limit, bar in bars])
