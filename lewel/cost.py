@@ -282,14 +282,14 @@ def method_cost(
     recipe:Recipe, # of pretraining
     device:str="auto", # "auto", "cpu" or "cuda"
     steps:int=2, # to be taken; the first is not timed
-    batch:int=None, # images in each of them; by default 8 on the CPU, the recipe's on a GPU
+    batch:int=None, # images in each of them; by default the recipe's, but at most 8 on the CPU and 128 on a GPU, the share of one among eight in the paper's
     images:int=IMAGES["paper"], # to pretrain on
     accumulate:int=1, # parts in which a batch goes through the network
     compile:bool=False, # see `lewel.pretrain.compile_networks`
 )->dict: # `method_counts`, `measured`, and batch, batch_size, steps (of the whole run), total (multiply-adds), device, precision
     "Count a recipe and take a few steps of it, in a process of its own. Raises `UserError`."
     device, counts = pick_device(device), method_counts(recipe)
-    batch = batch or (min(8, recipe.batch_size) if device.type == "cpu" else recipe.batch_size)
+    batch = batch or min(8 if device.type == "cpu" else 128, recipe.batch_size)
     check_least(accumulate=(accumulate, 1))
     if batch//accumulate < 2 or steps < 2: raise UserError(f"{steps} steps of {batch} images{f' in {accumulate} parts' if accumulate > 1 else ''}: at least 2 steps, of 2 images each time, are needed")
     if images < recipe.batch_size: raise UserError(f"batch_size {recipe.batch_size} with {images} images: choose a smaller batch_size, or add images")
@@ -430,7 +430,7 @@ def run_plan(
         command = job("pretrain", s, name, "trained", method=method, seed=seed, data=data, workers=s.workers, out=f"{results}/runs/{name}")
         yield name, command, pretrain_work(r, IMAGES[s.scale]), 2*method_counts(r)["checkpoint_mb"], "data"
     name, r = f"supervised-s{seed}", get_recipe("byol", s.scale)
-    command = job("supervised", s, name, "trained", seed=seed, data=data, out=f"{results}/runs/{name}")
+    command = job("supervised", s, name, "trained", seed=seed, data=data, workers=s.workers, out=f"{results}/runs/{name}")
     yield name, command, evaluation_work(["supervised"], s.scale, r), 4*protocol_counts("semi", s.scale, r.backbone, r.size)["parameters"]/2**20, "data"
 
 # %% ../nbs/28_cost.ipynb #0921d825
@@ -444,7 +444,7 @@ def evaluation_plan(
     for method in ("random", *recipes[s.scale], "supervised"):
         for end, (data, names, seeds) in evaluations_of(s).items():
             name = f"{method}-s{seed}{end}"
-            command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'", runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
+            command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'", workers=s.workers, runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
             section = next(section for section in reversed(where) if section == "data" and not end or section in names)
             if seed < seeds: yield f"{name} ({' '.join(names)})", command, evaluation_work(names, s.scale, r), 0, section
 

@@ -7,7 +7,8 @@ __all__ = ['head_parts', 'official_parts', 'detectron2_parts', 'exporters', 'exp
            'read_weights', 'check_tensors', 'is_checkpoint', 'state_tensors', 'load_official', 'optional',
            'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone', 'run_backbone',
            'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name', 'torch_file', 'detectron2_file',
-           'safetensors_file', 'export_backbone', 'fits_torchvision', 'bullets', 'model_card', 'checkpoint_card']
+           'safetensors_file', 'export_backbone', 'fits_torchvision', 'bullets', 'commit_words', 'model_card',
+           'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
 import hashlib, importlib, pickle
@@ -251,6 +252,11 @@ def bullets(values:dict)->str:
     "A Markdown list of what is there."
     return "\n".join(f"* {k}: {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in values.items() if v is not None)
 
+def commit_words(git:dict|None)->str:
+    "The commit in a record or checkpoint, in words."
+    if not git: return "an installed package, whose commit is not known"
+    return f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}"
+
 def model_card(
     run, # folder of a finished run
     file:str, # name of the weight file
@@ -259,13 +265,12 @@ def model_card(
     "What a weight file holds and how it came about: recipe, data, numbers, commit."
     from lewel.results import read_record, read_records
     r = read_record(run)
-    git, judged = r["git"], [e for e in read_records(run) if e["kind"] == "evaluation"]
-    commit = f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}" if git else "an installed package, whose commit is not known"
+    judged = [e for e in read_records(run) if e["kind"] == "evaluation"]
     lines = [f"# {file}", f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, pretrained with {r['method']}" + ("." if r["method"] == "supervised" else " without labels."), "## Data",
              f"{r['data']['name']}, {r['data']['n']} images, fingerprint {r['data']['fingerprint']}, {input_form}.", "## Recipe", bullets(r["recipe"]), "## Numbers", bullets(r["metrics"])]
     for e in judged: lines += [f"Evaluation `{e['id']}` on {e['data']['name']}, percent:", bullets(e["metrics"])]
     if not judged: lines.append("It has not been evaluated.")
-    lines += ["## Origin", f"{r['created']}, {r['seconds']:.0f} s on {r['hardware']['device']} ({r['hardware']['cpu']}); {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {commit}."]
+    lines += ["## Origin", f"{r['created']}, {r['seconds']:.0f} s on {r['hardware']['device']} ({r['hardware']['cpu']}); {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {commit_words(r['git'])}."]
     return "\n\n".join(lines) + "\n"
 
 # %% ../nbs/10_interop.ipynb #9cd08b42
@@ -279,4 +284,4 @@ def checkpoint_card(
     state = load_checkpoint(path)
     recipe, last = state["recipe"], dict(state["curve"][-1]) if state.get("curve") else {}
     return "\n\n".join([f"# {file}", f"The backbone in the checkpoint {Path(path).name}, for {format}: {recipe['backbone']}, pretrained with {recipe['method']} without labels for {epochs_done(state):.1f} of {recipe['epochs']} epochs.",
-                        "## Data", f"Images with the fingerprint {state.get('data')}, {input_form}.", "## Recipe", bullets(recipe), "## Numbers at that point", bullets(last), "## Origin", f"lewel {state['version']}."]) + "\n"
+                        "## Data", f"{state.get('images') or 'Images'}, fingerprint {state.get('data')}, {input_form}.", "## Recipe", bullets(recipe), "## Numbers at that point", bullets(last), "## Origin", f"lewel {state['version']}, {commit_words(state.get('git'))}."]) + "\n"

@@ -19,6 +19,7 @@ from .backbones import create_backbone, num_features
 from .alignment import CoupledHead, Embeddings, Head, PooledHead
 from .losses import info_nce, regression_loss
 from .target import Queue, gathered, momentum_schedule, shuffled, synchronize_norms, update_average, world
+from .views import to_device
 
 # %% ../nbs/08_methods.ipynb #5fcfcd30
 class Network(nn.Module):
@@ -67,7 +68,8 @@ class Contrast(nn.Module):
         "Queue the keys B x d, or one of each image's aligned keys B x K x d."
         if target.ndim == 3:
             (rank, size), (n, aligned, dim) = world(), target.shape
-            pick = torch.randint(aligned, (size*n, 1, 1), device=target.device)[rank*n:(rank + 1)*n]
+            drawn = torch.randint(aligned, (size*n, 1, 1), device="cpu")[rank*n:(rank + 1)*n]
+            pick = to_device(drawn.numpy(), target)
             target = target.gather(1, pick.expand(-1, 1, dim)).squeeze(1)
         self.queue.push(gathered(target))
 

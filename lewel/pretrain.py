@@ -6,12 +6,12 @@
 __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Precision', 'NonFiniteLoss', 'Curve',
            'monitor_sets', 'Monitor', 'Stopped', 'time_budget', 'noting_signals', 'maximum_over_ranks',
            'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
-           'peak_memory_mb', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory', 'check_positions',
-           'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'make_output', 'check_least',
-           'train', 'compile_networks', 'pretrain', 'StopAt']
+           'peak_memory_mb', 'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory',
+           'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
+           'check_least', 'held_output', 'train', 'compile_networks', 'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
-import ctypes, math, os, resource, signal, sys, threading, time
+import ctypes, fcntl, math, os, resource, signal, sys, threading, time
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,7 @@ from .interop import start_from
 from .methods import Losses, Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
 from .paper import Recipe, get_recipe, recipe_name, views_of
-from .results import environment, read_record, run_id, write_curve, write_record
+from .results import code_state, environment, read_record, run_id, write_curve, write_record
 from .target import average_over_ranks, local_statistics, world
 from .views import ViewLoader
 
@@ -173,6 +173,7 @@ def flush(self:Curve):
     losses, first = torch.stack(self.pending), self.learn.step - len(self.pending)
     average_over_ranks([losses])
     losses, self.pending = losses.cpu(), []
+    self.learn.recorder.losses.clear()      # fastai's, one on the device for every step
     bad = (~losses.isfinite()).any(1).nonzero()
     if len(bad):
         step = first + bad[0].item()
@@ -315,7 +316,7 @@ class Checkpoints(Callback):
     order = 60
     def __init__(self, out, fingerprint, signals, precision, every_steps=None, every_minutes=5.):
         self.out, self.fingerprint, self.signals, self.precision = Path(out), fingerprint, signals, precision
-        self.every_steps, self.every_minutes, self.saved = every_steps, every_minutes, time.time()
+        self.every_steps, self.every_minutes, self.saved, self.git = every_steps, every_minutes, time.time(), code_state()
 
     def save(self, *names, epoch):
         "Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond; an epoch is whole when it has been monitored."
@@ -331,7 +332,7 @@ class Checkpoints(Callback):
         best = self.monitor.best if hasattr(self.learn, "monitor") else -1.
         for name in names:
             save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader), self.model, self.opt.opt, self.precision.scaler,
-                            data=self.fingerprint, curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best, skipped=list(skipped))
+                            data=self.fingerprint, images=self.loader.images.name, git=self.git, curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best, skipped=list(skipped))
         write_curve(self.out, curve.rows)
 
     def after_batch(self):
@@ -353,7 +354,7 @@ def load(self:Checkpoints,
     check_same_recipe(self.out/"last.pt", state["recipe"], learn.recipe)
     if state["data"] != self.fingerprint: raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
     restore(state, learn.model, learn.opt.opt, self.precision.scaler)
-    if state["rng"]["cuda"] and world()[1] > 1: torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
+    if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available(): torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
     learn.first_epoch, learn.step = state["epoch"], state["epoch"]*len(learn.loader) + state["step"]
     skipped = learn.loader.images.skipped
     skipped += [path for path in state["skipped"] if path not in skipped]
@@ -394,20 +395,27 @@ def pick_device(
 def peak_memory_mb(
     device:torch.device, # where it ran
 )->float: # MiB: of the device, or of this process on the CPU
-    "Peak memory so far."
+    "Peak memory so far: on a GPU since `forget_peak_memory`, on the CPU since the process began."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
+
+def forget_peak_memory(
+    device:torch.device, # where it will run
+):
+    "Begin anew, so that a run's peak is its own and not that of another before it in this process."
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
 
 # %% ../nbs/16_pretrain.ipynb #e83e4399
 def local_device(
     device:str="auto", # as for `pick_device`
 )->torch.device: # this process's own
     "The device to work on, one for each process of this node. Raises `UserError` if there are too few."
-    device, rank = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
-    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) == 1: return device
-    if rank >= torch.cuda.device_count(): raise UserError(f"process {rank} of this node finds only {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or str(device) == "cpu" or not gpus: return pick_device(device)
+    if ":" in str(device): raise UserError(f"device {str(device)!r} would be that of every process: use 'cuda', and each takes its own")
+    if rank >= gpus: raise UserError(f"process {rank} of this node finds only {gpus} GPUs: lower --nproc-per-node")
+    torch.cuda.set_device(rank)      # before anything is put on the first one
+    return pick_device(f"cuda:{rank}")
 
 @contextmanager
 def process_group(
@@ -416,8 +424,9 @@ def process_group(
     "Within it, the processes that torchrun started are connected. Alone, or in a group that exists already, nothing happens."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized(): yield; return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield
-    dist.destroy_process_group()      # not after an error: the others may be waiting for something else
+    try: yield
+    except Stopped: dist.destroy_process_group(); raise      # all stop together; after another error they may be waiting for something else
+    dist.destroy_process_group()
 
 @contextmanager
 def first_alone():
@@ -490,7 +499,7 @@ def pretrain_record(
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
     record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
-                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment())
+                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
     return dict(id=run_id(record), **record)
 
 # %% ../nbs/16_pretrain.ipynb #4a6d208a
@@ -516,19 +525,27 @@ def make_loader(
     if loader.share < 2: raise UserError(f"batch_size={recipe.batch_size} leaves one image for each of {world()[1]} processes in each of {accumulate} parts, and BatchNorm needs two: use a larger batch_size")
     return loader
 
-def make_output(
-    out:Path, # folder of the run
-):
-    "Make the folder. Raises `UserError` if that cannot be done."
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"{out} cannot be made a folder ({e.strerror}); choose another output folder") from e
-
 def check_least(
     **values, # name=(value, least)
 ):
     "Raises `UserError` for a number that is too small."
     for name, (value, least) in values.items():
         if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
+
+# %% ../nbs/16_pretrain.ipynb #b50b76e1
+@contextmanager
+def held_output(
+    out:Path, # folder of the run
+):
+    "Make the folder, and hold it for this process (of several for the first). Raises `UserError` if that cannot be done, or another process has it."
+    try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
+    except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
+    with lock:
+        try: world()[0] or fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError): raise UserError(f"another process is training in {out}: wait for it to end, or choose another output folder") from None
+        except OSError: pass                          # a file system that has no locks
+        try: yield
+        finally: (out/".lock").unlink(missing_ok=True)
 
 # %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(
@@ -579,6 +596,7 @@ def pretrain(
     check_least(workers=(workers, 0), log_every=(log_every, 1), save_every=(save_every or 0, 0), monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
     if progress == "auto": progress = "bars" if IN_NOTEBOOK or sys.stdout.isatty() else "lines"
     if device.type == "cpu": keep_freed_memory()
+    forget_peak_memory(device)
     with process_group(device):
         first = world()[0] == 0
         if not first: progress = "none"
@@ -591,10 +609,9 @@ def pretrain(
         method = method.distribute(device).to(device, memory_format=torch.channels_last)
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
-        make_output(out)
         sets = monitor_sets(images, val) if monitor_every else None
         precision = Precision(recipe.precision, device)
-        with noting_signals() as signals:
+        with held_output(out), noting_signals() as signals:
             callbacks = [Steps(), precision, Curve(log_every, progress == "lines"), Checkpoints(out, fingerprint, signals, precision, save_every), *([Monitor(sets, monitor_every)] if sets else []),
                          *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else []), *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)

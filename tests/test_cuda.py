@@ -116,8 +116,11 @@ def test_resumes(method, there, here, tmp_path):
 
 # --- the commands
 
-def test_commands(labelled, tmp_path, run):
-    "Pretrain from files, evaluate frozen and fine-tuned, export, estimate."
+def test_commands(tmp_path, run):
+    "Pretrain from streamed files, evaluate frozen and fine-tuned, export, estimate."
+    labelled = tmp_path/"mixed"
+    for split, n in ("train", 16), ("val", 6):
+        for c, tint in ("a", 0), ("b", 127): draw(labelled/split/c, n, tint=tint, sizes=((60, 50), (50, 64)))
     argv = "--scale", "smoke", "--data", labelled, "--out", tmp_path/"run", "--device", DEVICE, "--precision", "bfloat16", "--workers", 2
     done = run("pretrain", *argv)
     assert done.code == 0, done.err

@@ -1,7 +1,10 @@
 "A checkpoint of exactly the authors' form and size: ResNet-50, hidden layers of 4096, d = 256, with the names of their released files."
 import pytest, torch
+from lewel.checkpoint import load_checkpoint
 from lewel.interop import load_official, official_names
 from lewel.methods import create_method
+from lewel.results import read_record
+from lewel.visualize import show_maps
 
 SIZES = dict(dim=256, hidden_dim=4096)
 
@@ -41,6 +44,7 @@ def test_loads_strictly_and_is_used(checkpoint, norm, prefix):
     if (norm, prefix) != ("eman", "module."): return
     maps = method.eval().alignment_maps(torch.randn(1, 3, 224, 224))
     assert maps.shape == (1, 256, 7, 7) and torch.allclose(maps.sum((2, 3)), torch.ones(1, 256))
+    assert len(show_maps(method, *torch.randn(2, 2, 3, 224, 224), n_maps=3).axes) == 2*8      # for each of 2 images 2 views, each with 3 maps
     optimizer = torch.optim.SGD(method.train().parameters(), 1e-3)
     method(*torch.randn(2, 2, 3, 64, 64)).loss.backward()
     optimizer.step(); method.update_target(0, 10)
@@ -50,3 +54,13 @@ def test_evaluates(checkpoint, labelled, tmp_path, run):
     "The file is a start for lewel-evaluate."
     done = run("evaluate", checkpoint, "--data", labelled, "--protocol", "knn", "--preset", "smoke", "--size", 32, "--device", "cpu", "--out", tmp_path/"out")
     assert done.code == 0, done.err
+
+def test_pretraining_goes_on_from_it(method, checkpoint, labelled, tmp_path, run):
+    "The file is a start for lewel-pretrain, heads and predictors included: with a rate of nearly zero it is what comes out."
+    argv = "--scale", "paper", "--method", "lewel_b", "--precision", "float32", "--size", 64, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0, "--lr", 1e-30, "--weight-decay", 0
+    done = run("pretrain", *argv, "--start", checkpoint, "--data", labelled, "--out", tmp_path/"out", "--device", "cpu", "--monitor-every", 0, "--workers", 0)
+    assert done.code == 0, done.err
+    assert read_record(tmp_path/"out")["builds_on"][0].startswith("checkpoint_0200.pth.tar ")
+    theirs, ours = torch.load(checkpoint, weights_only=True)["state_dict"], load_checkpoint(tmp_path/"out"/"last.pt")["method"]
+    for name, own in official_names(method).items():
+        if not own.startswith("target.") and own.endswith("weight"): assert torch.allclose(ours[own].flatten(), theirs[f"module.{name}"].flatten(), rtol=0, atol=1e-30), name

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['DETECTION', 'PARTS', 'RATIOS', 'BatchNorm', 'DETECTRON2_HEADS', 'DETECTRON2_CONVS', 'DetectionProtocol',
            'layer_shapes', 'RoIPool', 'C4Head', 'c4_parts', 'Pyramid', 'fpn_parts', 'proposal_network', 'detector',
-           'synchronized', 'backbone_names', 'training_image', 'training_batch', 'detection_sgd', 'average_norms',
-           'train_detector', 'predict', 'draw_objects', 'show_detections', 'check_boxes', 'predict_all',
-           'evaluate_detection', 'detectron2_head', 'detectron2_names', 'detectron2_state']
+           'synchronized', 'backbone_names', 'training_image', 'batches_ahead', 'send_batch', 'detection_sgd',
+           'average_norms', 'train_detector', 'predict', 'draw_objects', 'show_detections', 'check_boxes',
+           'predict_all', 'evaluate_detection', 'detectron2_head', 'detectron2_names', 'detectron2_state']
 
 # %% ../../nbs/24_evaluate_detection.ipynb #dcec3c10
 import copy, math, re
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -33,7 +32,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from ..boxes import BoxSet
 from ..core import UserError, check_choice
 from .ap import average_precision, voc07_average_precision
-from .finetune import StepSchedule, finetune, step_indices
+from .finetune import Ahead, StepSchedule, finetune, step_indices
 from .knn import frozen
 from ..interop import detectron2_name, weights_fingerprint
 from ..visualize import finish, new_figure, save_figure
@@ -240,18 +239,24 @@ def training_image(
         if masks: target["masks"] = target["masks"].flip(2)
     return image, target
 
-def training_batch(
+def batches_ahead(
     images:BoxSet, # all with a box
-    step:int, # counted from 0
-    protocol:DetectionProtocol, # its batch size and flip
+    protocol:DetectionProtocol, # its batch size, flip and steps
     seed:int=0, # of order and flips
-    device="cpu", # where to put them
     masks:bool=False, # whether masks are needed
+    workers:int=2, # threads that decode
+)->Ahead: # step -> its images and targets, see `training_image`
+    "The images of each step, also of those that `average_norms` takes in the end."
+    def draws(step):
+        flips = np.random.default_rng(np.random.SeedSequence([seed, step])).random(protocol.batch_size) < protocol.flip
+        return zip(step_indices(step, len(images), protocol.batch_size, seed).tolist(), flips.tolist())
+    return Ahead(draws, partial(training_image, images, masks=masks), protocol.steps + protocol.precise, workers)
+
+def send_batch(
+    batch:list, # from `batches_ahead`
+    device="cpu", # where to
 )->tuple: # list of images, list of targets
-    "The images of a step, decoded side by side."
-    n = protocol.batch_size
-    flips = np.random.default_rng(np.random.SeedSequence([seed, step])).random(n) < protocol.flip
-    with ThreadPoolExecutor(4) as pool: batch = list(pool.map(partial(training_image, images, masks=masks), step_indices(step, len(images), n, seed).tolist(), flips.tolist()))
+    "The images of a step as a detector takes them."
     return [x.to(device) for x, _ in batch], [{k: v.to(device) for k, v in t.items()} for _, t in batch]
 
 # %% ../../nbs/24_evaluate_detection.ipynb #e3615cd8
@@ -290,12 +295,14 @@ def train_detector(
     device="cpu", # to work on
     title:str="", # begins the lines of progress
     state_file=None, # see `finetune`
+    workers:int=2, # threads that decode
 )->GeneralizedRCNN: # `model`, in evaluation mode
     "Train a detector. Raises `UserError` if there is nothing to train on."
     images, masks = images.with_boxes(), model.roi_heads.has_mask()
     identity = f"{type(model).__name__} on {images.name} {images.fingerprint()}, weights {weights_fingerprint(model)}, seed {seed}, {protocol}"
     model.to(device)
-    def loss_of(step): return sum(model(*training_batch(images, step, protocol, seed, device, masks)).values())
+    batches = batches_ahead(images, protocol, seed, masks, workers)
+    def loss_of(step): return sum(model(*send_batch(batches(step), device)).values())
     schedule = StepSchedule(protocol.steps, protocol.milestones, warmup=protocol.warmup)
     torch.manual_seed(seed)
     finetune(model, loss_of, detection_sgd(model, protocol), schedule, title, protocol.batch_size, state_file, identity)
@@ -381,12 +388,13 @@ def evaluate_detection(
     title:str="", # begins the lines of progress; empty: none are printed
     state_file=None, # for resuming, see `finetune`; the caller removes it
     picture=None, # PNG file to draw the first predictions into
+    workers:int=2, # threads that decode
 )->dict: # "box_ap", "box_ap50", "box_ap75" (COCO's); "voc07_ap", "voc07_ap50", "voc07_ap75" (what the papers report for VOC): percent
     "Fine-tune a detector on top of a backbone and test it. Raises `UserError`, and `Stopped` after saving when a signal came."
     check_boxes(train, test)
     torch.manual_seed(seed)
     model = detector(backbone, len(train.classes), protocol)
-    train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file)
+    train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)
     found, targets = predict_all(model, test), [test.target(i) for i in range(len(test))]
     if picture: save_figure(show_detections(test, found[:4], title), picture)
     measures = dict(box=average_precision, voc07=voc07_average_precision)

@@ -89,6 +89,7 @@ def evaluate_instance(
     title:str="", # begins the lines of progress; empty: none are printed
     state_file=None, # for resuming, see `finetune`; the caller removes it
     picture=None, # PNG file to draw the first predictions into
+    workers:int=2, # threads that decode
 )->dict: # "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75": percent
     "Fine-tune a Mask R-CNN on top of a backbone and test it. Raises `UserError`, and `Stopped` after saving when a signal came."
     check_boxes(train, test)
@@ -96,7 +97,7 @@ def evaluate_instance(
         if not part.has_masks: raise UserError(f"not every object of {part.name} has a mask, which instance segmentation needs: give annotations with a segmentation, or evaluate detection")
     torch.manual_seed(seed)
     model = instance_detector(backbone, len(train.classes), protocol)
-    train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file)
+    train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)
     found = predict_all(model, test, lambda p: p | dict(masks=encode_masks(p["masks"])), chunk=4)
     targets = [test.target(i) for i in range(len(test))]
     if picture: save_figure(show_detections(test, predict(model, [test.image(i) for i in range(min(4, len(test)))]), title), picture)

@@ -54,7 +54,7 @@ def center_batches(
     def load(i):
         image, index = images.read(i)
         return center_view(image, size) if index == i else None
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
         for part in parts:
             views = list(pool.map(load, part.tolist()))
             kept = [i for i, v in enumerate(views) if v is not None]
@@ -66,12 +66,13 @@ def extract_features(
     size:int, # side of what the backbone is shown, pixels
     device=None, # to work on; by default where the backbone is
     batch_size:int=256, # images at a time
+    workers:int=4, # threads that decode files
 )->tuple: # features N x C, float32; labels N or None; both on the CPU
     "Pooled features of a frozen backbone, without augmentation; N counts readable images."
     device = device or next(backbone.parameters()).device
     features, indices = [], []
     with frozen(backbone.to(device)):
-        for views, part in center_batches(images, size, batch_size):
+        for views, part in center_batches(images, size, batch_size, workers):
             x = normalize(views.to(device).float().div_(255))
             features.append(backbone(x).mean((2, 3)).float().cpu()); indices.append(part)
     return torch.cat(features), None if images.labels is None else images.labels.cpu()[torch.cat(indices)]
@@ -152,10 +153,11 @@ def evaluate_knn(
     protocol:KNN=KNN(), # of "knn_top1"
     device=None, # to work on; by default where the backbone is
     batch_size:int=256, # images at a time
+    workers:int=4, # threads that decode files
 )->dict: # "knn_top1", "knn_top5", "knn20_top1": percent; "knn_k": neighbors as used
     "kNN classification of frozen features. Raises `UserError` for a set without labels or with a single class."
     check_labels(train, "the training images"); check_labels(test, "the test images")
-    sets = *extract_features(backbone, train, size, device, batch_size), *extract_features(backbone, test, size, device, batch_size)
+    sets = *extract_features(backbone, train, size, device, batch_size, workers), *extract_features(backbone, test, size, device, batch_size, workers)
     main, few = knn_accuracy(*sets, protocol.k, protocol.temperature), knn_accuracy(*sets, 20, protocol.temperature)
     return dict(knn_top1=main["top1"], knn_top5=main["top5"], knn20_top1=few["top1"], knn_k=main["k"])
 

@@ -113,7 +113,7 @@ def evaluate_linear(
     "Linear classification of frozen features. Raises `UserError` for a set without labels or with a single class, and if training diverges."
     check_labels(train, "the training images"); check_labels(test, "the test images")
     device = device or next(backbone.parameters()).device
-    x, y = extract_features(backbone, test, size, device)
+    x, y = extract_features(backbone, test, size, device, workers=workers)
     batches = streamed(backbone, train, protocol, size, seed, device, workers)
     if protocol.cached_passes: batches = cached(batches, protocol, seed)
     classifier = fit_linear(batches, x.shape[1], int(max(train.labels.max(), y.max())) + 1, protocol, seed, device)

@@ -22,7 +22,7 @@ from .segmentation import SEGMENTATION, evaluate_segmentation
 from .semi import SEMI, evaluate_semi
 from ..interop import load_backbone
 from ..masks import open_masks
-from ..pretrain import Stopped, overdue, peak_memory_mb, pick_device
+from ..pretrain import Stopped, check_least, forget_peak_memory, overdue, peak_memory_mb, pick_device
 from ..results import environment, read_record, run_id, write_record
 
 # %% ../../nbs/26_evaluate_run.ipynb #3cb0f5cd
@@ -58,6 +58,7 @@ class Given(NamedTuple):
     title:str # begins the lines of progress
     state_file:Path # to resume from
     picture:Path # to draw predictions into
+    workers:int # processes or threads that decode files
 
 class Protocol(NamedTuple):
     "A protocol, for `evaluate`."
@@ -68,9 +69,9 @@ class Protocol(NamedTuple):
 def _instance(name, presets): return Protocol(box_sets, presets, lambda b, train, test, p, given: {f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
 
 protocols = dict(
-    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device)),
-    linear=Protocol(evaluation_sets, LINEAR, lambda b, train, test, p, given: evaluate_linear(b, train, test, p, *given[:3])),
-    semi=Protocol(evaluation_sets, SEMI, lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5])),
+    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device, workers=given.workers)),
+    linear=Protocol(evaluation_sets, LINEAR, lambda b, train, test, p, given: evaluate_linear(b, train, test, p, *given[:3], workers=given.workers)),
+    semi=Protocol(evaluation_sets, SEMI, lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5], workers=given.workers)),
     segmentation=Protocol(mask_sets, SEGMENTATION, lambda b, train, test, p, given: evaluate_segmentation(b, train, test, p, *given[1:])),
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
     **{name: _instance(name, presets) for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X, instance_c4=INSTANCE_C4).items()})
@@ -121,8 +122,10 @@ def evaluate(
     device:str="auto", # "auto", "cpu" or "cuda"
     strict:bool=False, # stop at an unreadable image
     scale:str="custom", # which scale this evaluation belongs to, for the record
+    workers:int=2, # processes or threads that decode files; no result depends on them
 )->dict: # the record
     "Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted. Raises `UserError`, and `Stopped` on SIGTERM while a network is being fine-tuned."
+    check_least(workers=(workers, 0))
     for n in names: check_choice("preset", preset, protocols[check_choice("protocol", n, protocols)].presets)
     if out is None and not Path(start).is_dir(): raise UserError(f"{start} is not the folder of a run: say where the record goes (out)")
     out, device = Path(out or Path(start)/"evaluation"), pick_device(device)
@@ -133,17 +136,18 @@ def evaluate(
     record = describe(info, info.get("backbone", backbone or "resnet50"), size, names, preset, scale, sets)
     identity = run_id(record)
     if (out/"record.json").exists() and read_record(out)["id"] == identity: return read_record(out)
+    forget_peak_memory(device)
     net, partial = net.to(device), Partial(out, identity)
     for n in (n for n in names if n not in partial.done):
         started, title = time.time(), f"{info['method']} seed {info['seed']} | {n}, scale {scale}"
         p, state_file = protocols[n], out/f"{n}.pt"
-        metrics = p.run(net, *sets[p.sets], p.presets[preset], Given(size, info["seed"], device, title, state_file, out/f"{n}.png"))
+        metrics = p.run(net, *sets[p.sets], p.presets[preset], Given(size, info["seed"], device, title, state_file, out/f"{n}.png", workers))
         partial.add(n, metrics, time.time() - started)
         state_file.unlink(missing_ok=True)
         if overdue: raise Stopped(overdue[0], partial.path)
         print(f"{title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if isinstance(v, float) and not k.startswith("iou_")), flush=True)
     skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
     record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
-    written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment()))
+    written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
     partial.path.unlink(missing_ok=True)
     return written

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEGMENTATION', 'CHILDREN', 'MEAN_COLOR', 'SegmentationProtocol', 'residual_blocks', 'dilate', 'FCN', 'pixel_loss',
-           'draw_crops', 'cut_crop', 'Crops', 'confusion', 'iou_metrics', 'predict_masks', 'judge', 'fit_segmentation',
-           'evaluate_segmentation', 'mask_colors', 'show_predictions']
+           'draw_crops', 'cut_crop', 'crops_ahead', 'confusion', 'iou_metrics', 'predict_masks', 'judge',
+           'fit_segmentation', 'evaluate_segmentation', 'mask_colors', 'show_predictions']
 
 # %% ../../nbs/21_evaluate_segmentation.ipynb #a507581b
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import matplotlib as mpl
@@ -20,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2 import functional as TF
 from ..backbones import init_weights, num_features
 from ..core import UserError
-from .finetune import StepSchedule, finetune, step_indices
+from .finetune import Ahead, StepSchedule, finetune, step_indices
 from .knn import frozen
 from ..interop import weights_fingerprint
 from ..masks import IGNORE, MaskSet
@@ -142,32 +141,18 @@ def cut_crop(
     return crop.flip(2) if mirror else crop
 
 # %% ../../nbs/21_evaluate_segmentation.ipynb #0d7f86b8
-class Crops:
-    "The crops of a step, and those of the next one under way."
-    def __init__(self,
-        images:MaskSet, # to train on
-        protocol:SegmentationProtocol, # how
-        seed:int, # of order and crops
-        workers:int=2, # threads
-    ):
-        self.images, self.protocol, self.seed, self.ahead = images, protocol, seed, {}
-        self.pool = ThreadPoolExecutor(workers)
-
-    def start(self, step):
-        "Have the crops of a step made, if there is such a step."
-        def make(i, draw):
-            image, mask, _ = self.images.read(i)
-            return cut_crop(image, mask, draw, self.protocol.crop)
-        indices = step_indices(step, len(self.images), self.protocol.batch_size, self.seed) if step < self.protocol.steps else []
-        return [self.pool.submit(make, int(i), draw) for i, draw in zip(indices, draw_crops(self.protocol, self.seed, step))]
-
-    def __call__(self,
-        step:int, # counted from 0
-    )->torch.Tensor: # B x 4 x side x side, uint8: images and masks
-        "The crops of a step; an unreadable image is replaced by the next."
-        made = self.ahead.pop(step, None) or self.start(step)
-        self.ahead = {step + 1: self.start(step + 1)}
-        return torch.stack([f.result() for f in made])
+def crops_ahead(
+    images:MaskSet, # to train on
+    protocol:SegmentationProtocol, # how
+    seed:int, # of order and crops
+    workers:int=2, # threads
+)->Ahead: # step -> its crops, each 4 x side x side, uint8: image and mask
+    "The crops of each step; an unreadable image is replaced by the next."
+    def cut(i, draw):
+        image, mask, _ = images.read(i)
+        return cut_crop(image, mask, draw, protocol.crop)
+    draws = lambda step: zip(step_indices(step, len(images), protocol.batch_size, seed).tolist(), draw_crops(protocol, seed, step))
+    return Ahead(draws, cut, protocol.steps, workers)
 
 # %% ../../nbs/21_evaluate_segmentation.ipynb #cd2aee10
 def confusion(
@@ -220,15 +205,16 @@ def fit_segmentation(
     device=None, # to work on; by default where the backbone is
     title:str="", # begins the lines of progress; empty: none are printed
     state_file=None, # where to keep the state; the caller removes it
+    workers:int=2, # threads that prepare crops
 )->FCN: # in evaluation mode
     "Fine-tune a network for segmentation; see `finetune` for what it raises."
     device = device or next(backbone.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FCN(backbone, len(train.classes), protocol).to(device)
-    optimizer, crops = torch.optim.SGD(model.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay), Crops(train, protocol, seed)
+    optimizer, crops = torch.optim.SGD(model.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay), crops_ahead(train, protocol, seed, workers)
     def loss_of(step):
-        batch = crops(step).to(device)
+        batch = torch.stack(crops(step)).to(device)
         return pixel_loss(model(normalize(batch[:, :3].float().div_(255))), batch[:, 3])
     identity = f"segmentation of {train.name} {train.fingerprint()}, weights {weights_fingerprint(model)}, seed {seed}, {asdict(protocol)}"
     return finetune(model, loss_of, optimizer, StepSchedule(protocol.steps, protocol.milestones), title, protocol.batch_size, state_file, identity)
@@ -244,10 +230,11 @@ def evaluate_segmentation(
     title:str="", # begins the lines of progress; empty: none are printed
     state_file=None, # where to keep the state, to go on after an interruption; removed in the end
     picture=None, # PNG file to draw the first predictions into
+    workers:int=2, # threads that prepare crops
 )->dict: # "miou" and "iou_CLASS", percent
     "Fine-tune a backbone for segmentation and judge it; raises `UserError` if the two sets have different classes."
     if train.classes != test.classes: raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; {', '.join(test.classes)}): give both splits the same list")
-    model = fit_segmentation(backbone, train, protocol, seed, device, title, state_file)
+    model = fit_segmentation(backbone, train, protocol, seed, device, title, state_file, workers)
     if title: print(f"{title} | judging {len(test)} images", flush=True)
     metrics = judge(model, test)
     if picture: save_figure(show_predictions(model, test, range(min(6, len(test))), title), picture)

@@ -20,7 +20,7 @@ from ..data import ImageSet, label_fraction
 from .finetune import StepSchedule, finetune
 from .knn import center_batches, check_labels, frozen, topk_accuracy
 from ..interop import load_backbone, weights_fingerprint
-from ..pretrain import peak_memory_mb
+from ..pretrain import forget_peak_memory, peak_memory_mb
 from ..results import environment, read_record, run_id, write_record
 from ..views import ViewLoader, ViewRecipe, normalize
 
@@ -168,11 +168,12 @@ def classify(
     size:int, # of the central crops, pixels
     device="cpu", # to work on
     batch_size:int=256, # images at a time
+    workers:int=4, # threads that decode files
 )->dict: # "top1", "top5": percent
     "Accuracy on central crops (see `center_view`)."
     scores, indices = [], []
     with frozen(model):
-        for views, part in center_batches(images, size, batch_size):
+        for views, part in center_batches(images, size, batch_size, workers):
             scores.append(model(normalize(views.to(device).float().div_(255))).float().cpu()); indices.append(part)
     return topk_accuracy(torch.cat(scores), images.labels.cpu()[torch.cat(indices)])
 
@@ -197,7 +198,7 @@ def evaluate_semi(
     metrics = {}
     for part, some, state in parts:
         model = fit_part(backbone, some, classes, part, protocol, size, seed, device, title and f"{title} {part.percent}%", state, workers)
-        metrics |= {f"semi{part.percent}_{k}": v for k, v in classify(model, test, size, device).items()}
+        metrics |= {f"semi{part.percent}_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
     for _, some, state in parts:
         train.skipped += [p for p in some.skipped if p not in train.skipped]
         if state: state.unlink(missing_ok=True)
@@ -220,6 +221,7 @@ def train_supervised(
     seed:int=0, # of weights, order and crops
     device="cpu", # to work on
     scale:str="custom", # which scale the run belongs to, for the record
+    workers:int=2, # processes that decode files
 )->dict: # the record; "supervised_top1" and "supervised_top5" among its metrics
     "Train a network with all labels. Called again, it goes on where it was interrupted. Raises `UserError`, and `Stopped` when a signal came."
     check_labels(train, "the training images"); check_labels(test, "the test images")
@@ -229,8 +231,9 @@ def train_supervised(
     record["id"] = run_id(record)
     if (out/"record.json").exists() and (out/"backbone.pth").exists() and read_record(out)["id"] == record["id"]: return read_record(out)
     net, state_file, title, device = load_backbone("random", backbone, seed)[0], out/"state.pt", f"supervised seed {seed}", torch.device(device)
-    model = fit_part(net, train, len(train.classes), protocol.parts[0], protocol, size, seed, device, title, state_file)
-    metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device).items()}
+    forget_peak_memory(device)
+    model = fit_part(net, train, len(train.classes), protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
+    metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
     atomic_write(out/"backbone.pth", lambda f: torch.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, f))
     seconds = time.time() - started
     written = write_record(out, record | dict(metrics=metrics, seconds=seconds, images_per_second=protocol.parts[0].epochs*len(train)/seconds, peak_memory_mb=peak_memory_mb(device), **environment(device)))
