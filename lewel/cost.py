@@ -482,7 +482,13 @@ def print_plan(
     rows, needs = plan(settings, sustained), {d["name"]: d for d in data_plan(settings).values()}
     hours, here = (sum(r["gpu_hours"] for r in rows if not (some and r["missing"])) for some in (False, True))
     print(f"Plan of scale {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}: {len(rows)} runs, none of them started.\n")
-    for r in rows: print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{gigabytes(r['disk_gb'])}{', DATA MISSING' * bool(r['missing'])}\n    {r['command']}")
+    def show(runs):
+        for r in runs: print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{gigabytes(r['disk_gb'])}{', DATA MISSING' * bool(r['missing'])}\n    {r['command']}")
+    show(rows)
+    if not settings.ablation_seeds:
+        extra = plan(replace(settings, ablation_seeds=1), sustained)[len(rows):]
+        print(f"\nThe ablations (Table 5) are not among them: ABLATION_SEEDS=1 adds {number(sum(r['gpu_hours'] for r in extra))} GPU-hours{gigabytes(sum(r['disk_gb'] for r in extra))} for\n")
+        show(extra)
     print("\nData:")
     for d in needs.values(): print(f"  {d['name']}{gigabytes(d['gb'])}: {'MISSING, ' + d['missing'] if d['missing'] else d['where']}")
     print(f"\n{number(hours)} GPU-hours in all, {number(here)} of them with data that is here. Estimated by multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second; training only, without the tests on the test sets.")

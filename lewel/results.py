@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPER', 'PAIRS', 'git_state', 'code_state',
            'cpu_model', 'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record', 'read_records',
-           'write_curve', 'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_records', 'paired_interval',
-           'gain_table', 'conclude', 'ablated_runs', 'ablation_table', 'ablation_gains', 'write_table']
+           'write_curve', 'read_curve', 'summarize', 'add_missing', 'make_table', 'judged_on', 'compare_records',
+           'paired_interval', 'gain_table', 'conclude', 'ablated_runs', 'ablation_table', 'ablation_gains',
+           'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -212,6 +213,13 @@ def make_table(
         values = table.method.map(lambda m: paper_value(m, task, what)).astype(float)
         if values.notna().any() and f"{metrics[metric]} std" in table: table.insert(table.columns.get_loc(f"{metrics[metric]} std") + 1, f"{metrics[metric]} paper", values)
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
+
+def judged_on(
+    evaluations:list, # records, all on the same images
+)->str: # for a caption
+    "The images that numbers are for."
+    if not evaluations: return "no run has finished"
+    return f"{evaluations[0]['data']['name']} ({evaluations[0]['data']['n']} images)"
 
 # %% ../nbs/13_results.ipynb #dfaf5009
 def compare_records(

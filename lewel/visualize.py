@@ -221,25 +221,27 @@ def method_of(
     return re.sub(r"[- ]s(eed )?\d+(-[0-9a-f]{6})?$", "", label)
 
 # %% ../nbs/27_visualize.ipynb #d828ef1b
-QUANTITIES = dict(loss="loss", knn_top1="kNN top-1, %", map_entropy="entropy of maps / uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
+QUANTITIES = dict(loss="loss", knn_top1="kNN monitor, top-1, %", map_entropy="entropy of maps / uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
 
 @styled
 def plot_curves(
     curves:dict, # label of a run -> DataFrame, as `lewel.results.read_curve` gives it
     columns:tuple=("loss", "knn_top1", "map_entropy", "effective_rank"), # what to show, where a run has it
     caption:str="", # one line; should name the scale
-)->mpl.figure.Figure: # an axes for each column that any run has
+)->mpl.figure.Figure: # an axes for each column that any run has; a row of them for each baseline and its LEWEL
     "Quantities against epochs, a line for each run. Raises `UserError` if there is nothing to show."
     runs = pd.concat([df.assign(run=label, method=method_of(label)) for label, df in curves.items()] or [pd.DataFrame()], ignore_index=True)
     columns = [c for c in columns if c in runs and runs[c].notna().any()]
     if not columns: raise UserError(f"none of the {len(curves)} curves has anything to show: choose columns that their curve.csv has")
-    colors = method_colors(runs["method"])
-    fig, [axes] = new_figure(1, len(columns), width=max(3, 1.75*len(columns)))
-    for ax, column in zip(axes, columns):
-        some = runs.dropna(subset=[column])
-        few = some.groupby("run").size().max() <= 20
-        sns.lineplot(some, x="epoch", y=column, hue="method", palette=colors, units="run", estimator=None, legend=False, marker="o" if few else None, ms=2.5, mew=0, lw=.7, ax=ax)
-        ax.set(title=QUANTITIES.get(column, column), ylabel="")
+    colors, families = method_colors(runs["method"]), [f for _, f in runs.groupby(runs["method"].map(lambda m: PAIRS.get(m, m)), sort=False)]
+    fig, axes = new_figure(len(families), len(columns), width=max(3, 2.2*len(columns)), height=.5 + 1.7*len(families))
+    for family, row in zip(families, axes):
+        for ax, column in zip(row, columns):
+            some = family.dropna(subset=[column])
+            if some.empty: ax.remove(); continue
+            few = some.groupby("run").size().max() <= 20
+            sns.lineplot(some, x="epoch", y=column, hue="method", palette=colors, units="run", estimator=None, legend=False, marker="o" if few else None, ms=2.5, mew=0, lw=.9, ax=ax)
+            ax.set(title=QUANTITIES.get(column, column), ylabel="")
     fig.legend(handles=[Line2D([], [], color=c, label=m) for m, c in colors.items()], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, caption)
 
@@ -263,7 +265,7 @@ def plot_table(
             for i, r in rows.iterrows(): ax.errorbar(r[f"{metric} mean"], i, xerr=np.nan_to_num(r[f"{metric} std"]), fmt="o", ms=4, capsize=2.5, color=colors[r["method"]])
             ax.set(title=f"{scale} scale", xlabel=f"{metric}, %", ylim=(len(rows) - .5, -.5))
         row[0].set_yticks(range(len(rows)), [f"{r.method} (n = {r.n})" for r in rows.itertuples()])
-    return finish(fig, caption)
+    return finish(fig, caption, "Point and bar: mean and one sample standard deviation over n seeds.")
 
 # %% ../nbs/27_visualize.ipynb #dba488d6
 CLAIMS = {"linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised", "mIoU": "voc_segmentation", "AP": "voc_detection"} # metric -> column of `published_gains`
@@ -278,20 +280,21 @@ def plot_gains(
     pairs, metrics = [m for m in PAIRS if m in set(gains.method)], [m for m in CLAIMS if m in set(gains.metric)]
     if not pairs: raise UserError("there is no gain to plot: evaluate a LEWEL method and its baseline with the same seed")
     seen = [float(x) for g in gains.gains for x in g.split()] + [published_gains.loc[r.baseline, CLAIMS[r.metric]] for r in gains.itertuples()]
-    reach = 1.5*max(map(abs, seen))     # an interval of two seeds may be ten times as wide: it is cut off, and the cut marked
+    widest = np.nan_to_num(gains[["low", "high"]].abs().max(axis=None))      # no interval: one seed
+    reach = min(max(1.05*widest, 1.5*max(map(abs, seen))), 3*max(map(abs, seen)))     # the interval of two seeds may be far wider: it is cut off, and the cut marked
     fig, [axes] = new_figure(1, len(pairs), width=3.6*len(pairs), height=.9 + .36*len(metrics), sharex=True, sharey=True)
     for ax, method in zip(axes, pairs):
         ax.axvline(0, color=".4", lw=.8)
         for r in gains[gains.method == method].itertuples():
             y, points = metrics.index(r.metric), [float(g) for g in r.gains.split()]
-            ax.plot(points, [y]*len(points), "o", ms=3, color=method_colors([method])[method], alpha=.35, mew=0)
+            ax.plot(points, [y - .24]*len(points), "o", ms=3, color=method_colors([method])[method], alpha=.8, mew=0)
             ax.errorbar(r.mean, y, xerr=None if np.isnan(r.low) else [[r.mean - r.low], [r.high - r.mean]], fmt="o", ms=5, capsize=3, color=method_colors([method])[method])
             for end, mark in (r.low, "<"), (r.high, ">"):
                 if abs(end) > reach: ax.plot(np.sign(end)*reach, y, mark, ms=4, color=method_colors([method])[method], clip_on=False)
             ax.plot(published_gains.loc[r.baseline, CLAIMS[r.metric]], y + .28, "D", ms=4, mfc="none", mec=".3", mew=.8)
         ax.set(title=f"{method} over {PAIRS[method]}", xlabel="gain, points", xlim=(-reach, reach), ylim=(len(metrics) - .4, -.6))
     axes[0].set_yticks(range(len(metrics)), metrics)
-    marks = [Line2D([], [], marker="o", ls="-", color=".3", ms=5, label="ours: mean, 95% interval"), Line2D([], [], marker="o", ls="", color=".3", alpha=.4, ms=3, label="ours: one seed"), Line2D([], [], marker="D", ls="", mfc="none", mec=".3", ms=4, label="the abstract's claim, at its scale")]
+    marks = [Line2D([], [], marker="o", ls="-", color=".3", ms=5, label="ours: mean, 95% interval"), Line2D([], [], marker="o", ls="", color=".3", alpha=.8, ms=3, label="ours: one seed"), Line2D([], [], marker="D", ls="", mfc="none", mec=".3", ms=4, label="the abstract's claim, at its scale")]
     fig.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return finish(fig, caption)
 
@@ -325,7 +328,7 @@ def plot_ablations(
     for row in axes: row[0].set_ylabel(f"{metric}, %")
     marks = [dict(marker="o", ls="", ms=4, color=method_colors([m])[m], label=m) for m in PAIRS] + [dict(ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m]) for m in PAIRS] + [dict(marker="o", ls="", ms=7, mfc="none", mec=".2", mew=.8, label="default")]
     fig.legend(handles=[Line2D([], [], **m) for m in marks], loc="outside lower center", ncols=5, frameon=False)
-    return finish(fig, caption)
+    return finish(fig, f"{caption} Point and bar: mean and one sample standard deviation over seeds.".strip())
 
 # %% ../nbs/27_visualize.ipynb #199c69ce
 BASE, ADDED, PLAIN = "#3d6f9e", "#d0661c", "#777777" # of a baseline, of LEWEL, of neither

@@ -1,4 +1,4 @@
-"Build README.md from index.ipynb: hidden cells and inputs left out, links made relative to the root."
+"Build README.md from index.ipynb: hidden cells, hidden inputs and prints left out, links made relative to the root."
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -9,6 +9,7 @@ if __name__ == "__main__":
     nb.cells = [c for c in nb.cells if not c.source.startswith(("#| hide\n", "#| default_exp"))]
     for c in nb.cells:
         if c.source.startswith("#| hide_input"): c.cell_type, c.source, outputs = "markdown", "", c.pop("outputs"); c.source = outputs[0]["data"]["text/markdown"]
+        elif c.cell_type == "code": c.outputs = [o for o in c.outputs if o.output_type != "stream"]      # what is printed on the way is of no use to a reader
     nb.metadata["language_info"] = dict(name="python")
     text, _ = MarkdownExporter().from_notebook_node(nb)
     (here.parent/"README.md").write_text(text.replace("](../", "](").strip() + "\n")
