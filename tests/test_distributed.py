@@ -1,5 +1,5 @@
 "Two processes under torchrun, connected by gloo, against one: the same images, weights and queues; stopping and dying together."
-import os, runpy, signal, subprocess, sys, time
+import os, runpy, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from conftest import draw, options
@@ -45,6 +45,8 @@ class KeepModel(Callback):
 
 def long_run(root): return options(root/"data", root/"killed", "--method", "lewel_m", "--epochs", 100, "--batch-size", 4, "--save-every", 1, "--monitor-every", 0)
 
+def short_run(root, out): return options(root/"data", out, "--method", "lewel_b", "--option", "target_norm=params", "--epochs", 1, "--batch-size", 8)
+
 def work(root):
     "What each of the two processes does."
     torch.set_num_threads(1)
@@ -61,6 +63,7 @@ def work(root):
         for wrong, batch in (dict(accumulate=3), 8), ({}, 9), (dict(accumulate=4), 8):
             try: run(RECIPES["byol"].changed(batch_size=batch), root/"wrong", **wrong); assert False
             except UserError as e: assert "\n" not in str(e)
+        assert pretrain_command(short_run(root, root/"one node")) == 0
         if rank == 0: torch.save(seen, root/"seen.pt")
         sys.argv[1:] = long_run(root)                                                               # python -m lewel.pretrain, until the second process is killed
         runpy.run_module("lewel.pretrain", run_name="__main__")
@@ -147,6 +150,18 @@ def test_only_the_first_process_writes(two):
     out = two/"lewel_m_eman"
     assert sorted(p.name for p in out.iterdir()) == ["best.pt", "curve.csv", "last.pt", "record.json"]
     assert read_curve(out).knn_top1.notna().sum() == 1 and not (two/"wrong").exists()
+
+def test_two_nodes(two):
+    "Two launchers with one process each, which find each other by torchrun's rendezvous as on two machines: the weights of one launcher with two processes."
+    with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "localhost", "-m", "lewel.pretrain"]
+    nodes = [subprocess.Popen([*argv, *short_run(two, two/"two nodes")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")) for _ in range(2)]
+    try: said = [n.communicate(timeout=120)[0] for n in nodes]
+    finally:
+        for n in nodes: n.kill()
+    assert [n.returncode for n in nodes] == [0, 0], said
+    assert read_record(two/"two nodes")["processes"] == 2
+    assert gap(two/"one node", two/"two nodes") == 0
 
 def test_killed_process_ends_the_job(job, callbacks):
     "SIGKILL to the second process: torchrun ends the first, says why, and exits with an error; the checkpoint is whole, and one process goes on from it."
