@@ -616,6 +616,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lewel.results.check_keys': ('results.html#check_keys', 'lewel/results.py'),
                                'lewel.results.code_state': ('results.html#code_state', 'lewel/results.py'),
                                'lewel.results.compare_records': ('results.html#compare_records', 'lewel/results.py'),
+                               'lewel.results.compare_with_anchor': ('results.html#compare_with_anchor', 'lewel/results.py'),
                                'lewel.results.conclude': ('results.html#conclude', 'lewel/results.py'),
                                'lewel.results.cpu_model': ('results.html#cpu_model', 'lewel/results.py'),
                                'lewel.results.environment': ('results.html#environment', 'lewel/results.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPER', 'PAIRS', 'git_state', 'code_state',
            'cpu_model', 'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record', 'read_records',
-           'write_curve', 'read_curve', 'summarize', 'add_missing', 'make_table', 'judged_on', 'compare_records',
-           'paired_interval', 'gain_table', 'conclude', 'ablated_runs', 'ablation_table', 'ablation_gains',
-           'write_table']
+           'write_curve', 'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_with_anchor', 'judged_on',
+           'compare_records', 'paired_interval', 'gain_table', 'conclude', 'ablated_runs', 'ablation_table',
+           'ablation_gains', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -22,7 +22,7 @@ from scipy.special import stdtrit
 import torch
 import lewel
 from .core import METHODS, SCALES, UserError, atomic_write, check_choice, warn
-from .paper import ablation_factors, ablation_runs, paper_value
+from .paper import ablation_factors, ablation_runs, imagenette_anchor, paper_value
 
 # %% ../nbs/13_results.ipynb #3656611e
 def git_state(
@@ -204,7 +204,7 @@ def make_table(
     records:list, # of any kind, of one scale; evaluations are picked
     name:str, # one of `TABLES`
     failures=(), # from `read_failures`
-)->pd.DataFrame: # a row per method, percent; beside a metric the paper's number, where one is published
+)->pd.DataFrame: # a row per method, percent; beside a metric the paper's number, where one is published, and at the imagenette scale the anchor's
     "One of the project's tables."
     metrics = TABLES[check_choice("table", name, TABLES)]
     measured = {m for r in records for m, v in r["metrics"].items() if v is not None}
@@ -212,7 +212,17 @@ def make_table(
     for metric, (task, what) in PAPER.get(name, {}).items():
         values = table.method.map(lambda m: paper_value(m, task, what)).astype(float)
         if values.notna().any() and f"{metrics[metric]} std" in table: table.insert(table.columns.get_loc(f"{metrics[metric]} std") + 1, f"{metrics[metric]} paper", values)
+    if name == "linear" and "imagenette" in set(table.scale):
+        table.insert(table.columns.get_loc("kNN top-1 std") + 1, "kNN top-1 anchor", table.method.map(imagenette_anchor.epochs_200).where(table.scale == "imagenette"))
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
+
+def compare_with_anchor(
+    table:pd.DataFrame, # from `make_table`
+)->list: # a sentence for each method that the anchor has
+    "How far kNN is from the published accuracy; two points below count as agreement."
+    if "kNN top-1 anchor" not in table: return []
+    return [f"{r['method']}, kNN top-1: {r['kNN top-1 mean']:.1f}, lightly's benchmark {r['kNN top-1 anchor']:.1f}: {'within two points of it or above' if r['kNN top-1 mean'] >= r['kNN top-1 anchor'] - 2 else 'more than two points below'}"
+            for _, r in table.dropna(subset=["kNN top-1 anchor", "kNN top-1 mean"]).iterrows()]
 
 def judged_on(
     evaluations:list, # records, all on the same images
