@@ -6,7 +6,8 @@
 __all__ = ['TITLES', 'BOUND', 'BARS', 'Stopwatch', 'side_by_side', 'Training', 'noise_images', 'endless', 'start_training', 'sgd',
            'backbone_passes', 'head_products', 'Product', 'step_products', 'time_steps', 'installed', 'LightlyBYOL',
            'time_lightly', 'lars_loop', 'average_loop', 'time_updates', 'torchvision_pipeline', 'time_views', 'photos',
-           'TwoViews', 'time_files', 'ratios', 'bar_met', 'table', 'part_table', 'report', 'slug', 'bench']
+           'TwoViews', 'time_files', 'ratios', 'bar_met', 'table', 'part_table', 'report', 'slug', 'write_report',
+           'bench_shapes', 'bench']
 
 # %% ../nbs/29_bench.ipynb #6b55cdaa
 import copy, itertools, json, math, re, tempfile, time
@@ -466,6 +467,29 @@ def slug(text:str)->str: # a file name
     "Lower case, words joined by dashes."
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
+def write_report(
+    record:dict, # see `bench`
+    out, # folder
+)->Path: # STEM.md; STEM.json is beside it
+    "Write a record and its text, named after hardware and configuration."
+    h, s = record["hardware"], record["shapes"]
+    where = h["device"] if record["device"] == "cuda" else f"{h['cpu']} {h['cores']} cores {h['threads']} threads"
+    stem = slug(f"{where} {s['backbone']} {s['size']}px batch {s['batch_size']} {s['precision']}")
+    atomic_write(Path(out)/f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    return atomic_write(Path(out)/f"{stem}.md", report(record))
+
+# %% ../nbs/29_bench.ipynb #18ff2f06
+def bench_shapes(
+    backbone:str, # see `create_backbone`
+    size:int, # of a view, pixels
+    batch_size:int, # images in a step
+    dims:dict, # dim and hidden_dim
+)->tuple: # (shapes for `time_steps`, [height, width] of the map)
+    "Shapes of a step. Raises `UserError` for impossible ones."
+    groups = check_options("lewel_b", dims)["groups"]
+    with torch.no_grad(): _, channels, *map_size = create_backbone(backbone)(torch.zeros(2, 3, size, size)).shape
+    return dict(batch_size=batch_size, positions=int(np.prod(map_size)), channels=channels, groups=groups, **dims), map_size
+
 # %% ../nbs/29_bench.ipynb #4ebf6b1e
 def bench(
     backbone:str="resnet18", # see `create_backbone`
@@ -484,12 +508,9 @@ def bench(
     device, dims = pick_device(device), dict(dim=dim, hidden_dim=hidden_dim)
     check_choice("precision", precision, ("float32", "bfloat16"))
     env = environment(device)
-    h = env["hardware"]
-    if workers is None: workers = h["cores"]
+    if workers is None: workers = env["hardware"]["cores"]
     check_least(repeats=(repeats, 1), batch_size=(batch_size, 2), workers=(workers, 1))
-    groups = check_options("lewel_b", dims)["groups"]
-    with torch.no_grad(): _, channels, *map_size = create_backbone(backbone)(torch.zeros(2, 3, size, size)).shape
-    shapes = dict(batch_size=batch_size, positions=int(np.prod(map_size)), channels=channels, groups=groups, **dims)
+    shapes, map_size = bench_shapes(backbone, size, batch_size, dims)
     if device.type == "cpu": keep_freed_memory()
     if device.index: torch.cuda.set_device(device)
     torch.manual_seed(0)
@@ -506,9 +527,6 @@ def bench(
     env["versions"] |= {p: installed(p) for p in ("lightly", "timm")}
     record = dict(device=device.type, shapes=shapes | dict(backbone=backbone, size=size, image_size=2*size, map=map_size, precision=precision), repeats=repeats, workers=workers,
                   seconds=seconds, ratios=ratios(seconds, batch_size), **env)
-    where = h["device"] if device.type == "cuda" else f"{h['cpu']} {h['cores']} cores {h['threads']} threads"
-    name = slug(f"{where} {backbone} {size}px batch {batch_size} {precision}")
-    atomic_write(Path(out)/f"{name}.json", json.dumps(record, indent=1) + "\n")
-    atomic_write(Path(out)/f"{name}.md", report(record))
+    write_report(record, out)
     print("\n" + report(record).split("## Ratios")[0], flush=True)
     return record
