@@ -4,7 +4,7 @@ With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its e
 import os, subprocess, sys
 from pathlib import Path
 from lewel.core import UserError, read_failures
-from lewel.experiments import evaluation_groups, forget_failures, only_one, published_copy, put_aside, read_settings, write_page
+from lewel.experiments import check_data, evaluation_groups, forget_failures, only_one, published_copy, put_aside, read_settings, write_page
 from lewel.results import compare_records, read_records
 
 def main():
@@ -12,7 +12,7 @@ def main():
     if os.environ.get("LEWEL_DRY_RUN"):
         from lewel.cost import print_plan
         return print_plan(settings)
-    evaluation_groups(settings)
+    evaluation_groups(settings); check_data(settings)
     results = Path("results")/settings.scale
     published = published_copy(results)
     with only_one(results) as lock:

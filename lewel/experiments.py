@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'CHOICES', 'METHODS_OF', 'LEAST', 'PAGE_ORDER', 'STYLE', 'check_device', 'Settings',
-           'read_settings', 'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'run_job',
-           'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'notebook_page',
-           'table_html', 'conclusion', 'write_page', 'notebook_text', 'difference', 'verify_readme', 'verify']
+           'read_settings', 'check_data', 'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook',
+           'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside',
+           'notebook_page', 'table_html', 'conclusion', 'write_page', 'notebook_text', 'difference', 'verify_readme',
+           'verify']
 
 # %% ../nbs/31_experiments.ipynb #a8395319
 import configparser, fcntl, html, os, re, shutil, sys, tempfile
@@ -68,6 +69,14 @@ def read_settings(
     return Settings(**values | given, **{section: dict(parser[section]) for section in SECTIONS if section in parser})
 
 # %% ../nbs/31_experiments.ipynb #3f44526f
+def check_data(
+    settings:Settings, # whose scale
+):
+    "Raises `UserError` naming the first folder that is not there."
+    for section in SECTIONS:
+        where = getattr(settings, section).get(settings.scale)
+        if where not in (None, "scenes", "imagenette") and not Path(where).expanduser().is_dir(): raise UserError(f"settings.ini, [{section}] {settings.scale}: there is no folder {where}; correct it, or take the line out to leave the task out")
+
 def evaluation_groups(
     settings:Settings, # whose scale
 )->dict: # end of an evaluation's name -> (data, protocols, seeds)
@@ -94,11 +103,10 @@ def check_value(
     "Raises `UserError` for an impossible value."
     if name in CHOICES:
         choices = METHODS_OF.get(notebook, METHODS) if name == "method" else CHOICES[name]
-        for word in value.split() or [""]: check_choice(what, word, choices)
+        for word in (value.split() or [""]) if name == "protocols" else [value]: check_choice(what, word, choices)
     if name in LEAST and value < LEAST[name]: raise UserError(f"{what} is {value!r}; it must be at least {LEAST[name]}")
     if name == "device": check_device(what, value)
     if name == "results" and not Path(value).is_dir(): raise UserError(f"{what}: there is no folder {value}; make reproduce makes the results of a scale")
-    if name == "data" and value not in ("scenes", "imagenette") and not Path(value).expanduser().exists(): raise UserError(f"{what} is {value!r}, which does not exist; it must be scenes, imagenette or a folder")
     if name == "factor":
         from lewel.paper import ablation_factors
         check_choice(what, value, ["default", *ablation_factors(known["method"], known["scale"])])
@@ -112,7 +120,7 @@ def check_parameters(
     known = papermill.inspect_notebook(str(notebook))
     for name, value in parameters.items():
         expected = known[check_choice(f"parameter of {Path(notebook).name}", name, known)]["inferred_type_name"]
-        if expected not in ("None", type(value).__name__, *(("float",) if type(value) is int else ())) and value is not None:
+        if expected not in ("None", type(value).__name__, *(("float",) if type(value) is int else ())):
             raise UserError(f"parameter {name} of {Path(notebook).name} is {value!r}, a {type(value).__name__}; it must be of type {expected}")
     defaults = {name: p["default"].strip("'\"") for name, p in known.items()}
     for name, value in parameters.items(): check_value(f"parameter {name} of {Path(notebook).name}", Path(notebook).stem, name, value, defaults | parameters)
@@ -212,7 +220,7 @@ PAGE_ORDER = dict( # notebook -> (heading, tables, figures)
     table_ablations=("Table 5. Ablations", ("ablations",), ("ablations",)),
     table_cost=("Table 6. Cost", ("cost",), ()),
     figure_gains=("Gains over the baselines", (), ("gains",)),
-    figure_reasons=("Why LEWEL does not gain here", (), ("reasons",)),
+    figure_conditions=("Under which conditions LEWEL gains", (), ("conditions",)),
     figure_alignment=("Where LEWEL looks", (), ("alignment", "alignment_training", "curves")))
 
 STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.82rem}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}a{color:#06c}pre{overflow-x:auto;background:#f6f6f6;padding:.6rem}.note{color:#555}"
@@ -263,12 +271,12 @@ def write_page(
         if not notebook.exists(): continue
         parts.append(f'<h2 id="{name}">{heading}</h2>\n<p><a href="notebooks/{notebook_page(notebook).name}">how it was made</a></p>')
         for t in tables:
-            csv, caption = results/"tables"/f"{t}.csv", (results/"tables"/f"{t}.md").read_text().split("\n\n")[:2]
+            csv, caption = results/"tables"/f"{t}.csv", (results/"tables"/f"{t}.md").read_text().split("\n\n|")[0].split("\n\n")
             parts.append("".join(f'<p class="note">{html.escape(c)}</p>' for c in caption) + "\n" + table_html(pd.read_csv(csv, dtype=dict(seeds=str, value=str, runs=str)), places))
         parts += [f'<p><img src="figures/{f}.png" alt="{heading}: {f}"></p>' for f in figures if (results/"figures"/f"{f}.png").exists()] + [conclusion(notebook)]
     lost = read_failures(results)
     if lost: parts.insert(0, "<h2>Missing</h2><ul>" + "".join(f"<li>{html.escape(Path(f['folder']).name)}: {html.escape(f['reason'])}</li>" for f in lost) + "</ul>")
-    intro = f"<h1>LEWEL, scale {results.name}</h1>\n<p>{'Wiring test only: these numbers mean nothing.' if results.name == 'smoke' else 'Every number comes from a recorded run; the six digits in the last column of a table lead to it.'}</p>"
+    intro = f"<h1>LEWEL, scale {results.name}</h1>\n<p>{'Wiring test only: these numbers mean nothing.' if results.name == 'smoke' else 'Every number comes from a recorded run: the six characters in the last column of a table lead to it. Table 4 is COCO, which only the larger scales have.'}</p>"
     return atomic_write(results/"index.html", _document(f"LEWEL, scale {results.name}", "\n".join([intro, *parts])))
 
 # %% ../nbs/31_experiments.ipynb #63d34fa4
@@ -306,10 +314,12 @@ def verify_readme(
     from nbclient.exceptions import CellExecutionError
     shown = [c for c in nbformat.read(notebook, 4).cells if c.source.startswith(("#| hide_input", "#| hide\n# quoted"))]
     again = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in shown])
+    failed = []
     try: NotebookClient(again, kernel_name="python3", resources=dict(metadata=dict(path=str(Path(notebook).parent)))).execute()
-    except CellExecutionError as e: return [f"{notebook}: {e.evalue}"]
-    text = lambda cell: [line for o in cell.outputs if o.output_type != "stream" for line in o["data"].get("text/markdown", "").splitlines()]
-    return [f"{notebook}: {a!r}, but the records say {b!r}" for c, d in zip(shown, again.cells) for a, b in zip_longest(text(c), text(d), fillvalue="nothing") if a != b]
+    except CellExecutionError as e: failed = [f"{notebook}: {e.ename}: {e.evalue or e.traceback.strip().splitlines()[-1]}"]
+    text = lambda cell: [line for o in cell.outputs if o.output_type not in ("stream", "error") for line in o["data"].get("text/markdown", "").splitlines()]
+    done = [(c, d) for c, d in zip(shown, again.cells) if d.outputs]      # not those that a failure left out
+    return failed + [f"{notebook}: {a!r}, but the records say {b!r}" for c, d in done for a, b in zip_longest(text(c), text(d), fillvalue="nothing") if a != b]
 
 def verify(
     results, # folder of a scale, as it is kept

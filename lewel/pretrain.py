@@ -8,7 +8,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
            'peak_memory_mb', 'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory',
            'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
-           'check_least', 'held_output', 'train', 'compile_networks', 'pretrain', 'StopAt']
+           'check_least', 'lock_output', 'held_output', 'train', 'compile_networks', 'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, fcntl, math, os, resource, signal, sys, threading, time
@@ -403,7 +403,7 @@ def forget_peak_memory(
     device:torch.device, # where it will run
 ):
     "Begin anew, so that a run's peak is its own and not that of another before it in this process."
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cuda" and torch.cuda.is_initialized(): torch.cuda.reset_peak_memory_stats(device)
 
 # %% ../nbs/16_pretrain.ipynb #e83e4399
 def local_device(
@@ -411,7 +411,7 @@ def local_device(
 )->torch.device: # this process's own
     "The device to work on, one for each process of this node. Raises `UserError` if there are too few."
     rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or str(device) == "cpu" or not gpus: return pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not gpus or not str(device).startswith(("auto", "cuda")): return pick_device(device)
     if ":" in str(device): raise UserError(f"device {str(device)!r} would be that of every process: use 'cuda', and each takes its own")
     if rank >= gpus: raise UserError(f"process {rank} of this node finds only {gpus} GPUs: lower --nproc-per-node")
     torch.cuda.set_device(rank)      # before anything is put on the first one
@@ -533,19 +533,30 @@ def check_least(
         if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
 
 # %% ../nbs/16_pretrain.ipynb #b50b76e1
+def lock_output(
+    out:Path, # folder of the run
+): # the open file that holds the lock
+    "Make the folder, and lock it. Raises `UserError` if that cannot be done, or another process has it."
+    try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
+    except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
+    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError): raise UserError(f"another process is training in {out}: wait for it to end, or choose another output folder") from None
+    except OSError: pass                          # a file system that has no locks
+    return lock
+
 @contextmanager
 def held_output(
     out:Path, # folder of the run
 ):
-    "Make the folder, and hold it for this process (of several for the first). Raises `UserError` if that cannot be done, or another process has it."
-    try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
-    except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
-    with lock:
-        try: world()[0] or fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError): raise UserError(f"another process is training in {out}: wait for it to end, or choose another output folder") from None
-        except OSError: pass                          # a file system that has no locks
-        try: yield
-        finally: (out/".lock").unlink(missing_ok=True)
+    "Within it, the folder is ours. Of several processes the first locks it, and all raise the `UserError` if it cannot."
+    lock = refused = None
+    if world()[0] == 0:
+        try: lock = lock_output(out)
+        except UserError as e: refused = str(e)
+    if refused := from_first_rank(lambda: refused): raise UserError(refused)
+    try: yield
+    finally:
+        if lock: (out/".lock").unlink(missing_ok=True); lock.close()
 
 # %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(

@@ -221,7 +221,7 @@ def method_of(
     return re.sub(r"[- ]s(eed )?\d+(-[0-9a-f]{6})?$", "", label)
 
 # %% ../nbs/27_visualize.ipynb #d828ef1b
-QUANTITIES = dict(loss="loss", knn_top1="kNN monitor, top-1, %", map_entropy="entropy of maps / uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
+QUANTITIES = dict(loss="training loss", knn_top1="kNN monitor, top-1, %", map_entropy="entropy of maps: % below uniform", effective_rank="effective rank", feature_std="feature std", mean_cosine="mean cosine")
 
 @styled
 def plot_curves(
@@ -231,6 +231,7 @@ def plot_curves(
 )->mpl.figure.Figure: # an axes for each column that any run has; a row of them for each baseline and its LEWEL
     "Quantities against epochs, a line for each run. Raises `UserError` if there is nothing to show."
     runs = pd.concat([df.assign(run=label, method=method_of(label)) for label, df in curves.items()] or [pd.DataFrame()], ignore_index=True)
+    if "map_entropy" in runs: runs["map_entropy"] = 100*(1 - runs["map_entropy"])
     columns = [c for c in columns if c in runs and runs[c].notna().any()]
     if not columns: raise UserError(f"none of the {len(curves)} curves has anything to show: choose columns that their curve.csv has")
     colors, families = method_colors(runs["method"]), [f for _, f in runs.groupby(runs["method"].map(lambda m: PAIRS.get(m, m)), sort=False)]
@@ -263,7 +264,7 @@ def plot_table(
         rows = df[df["scale"] == scale].reset_index(drop=True)
         for ax, metric in zip(row, metrics):
             for i, r in rows.iterrows(): ax.errorbar(r[f"{metric} mean"], i, xerr=np.nan_to_num(r[f"{metric} std"]), fmt="o", ms=4, capsize=2.5, color=colors[r["method"]])
-            ax.set(title=f"{scale} scale", xlabel=f"{metric}, %", ylim=(len(rows) - .5, -.5))
+            ax.set(title=f"{scale} scale" if len(scales) > 1 else "", xlabel=f"{metric}, %", ylim=(len(rows) - .5, -.5))
         row[0].set_yticks(range(len(rows)), [f"{r.method} (n = {r.n})" for r in rows.itertuples()])
     return finish(fig, caption, "Point and bar: mean and one sample standard deviation over n seeds.")
 
@@ -321,14 +322,17 @@ def plot_ablations(
             x = np.array([values.index(v) + shift for v in rows.value])
             ax.errorbar(x, rows[f"{metric} mean"], yerr=np.nan_to_num(rows[f"{metric} std"]), fmt="o", ms=4, capsize=2, color=color)
             ax.plot(x[rows.default], rows[f"{metric} mean"][rows.default], "o", ms=7, mfc="none", mec=".2", mew=.8)
-            for base in table[(table.factor == "baseline") & (table.value == PAIRS[method])][f"{metric} mean"]: ax.axhline(base, ls="--", lw=.8, color=color)
+            for _, base in table[(table.factor == "baseline") & (table.value == PAIRS[method])].iterrows():
+                mean, std = base[f"{metric} mean"], np.nan_to_num(base[f"{metric} std"])
+                ax.axhline(mean, ls="--", lw=.8, color=color); ax.axhspan(mean - std, mean + std, color=color, alpha=.1, lw=0)
         ax.set(title=factor, xlim=(-.5, len(values) - .5))
+        ax.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
         ax.set_xticks(range(len(values)), values)
     for ax in axes.flat[len(factors):]: ax.remove()
     for row in axes: row[0].set_ylabel(f"{metric}, %")
     marks = [dict(marker="o", ls="", ms=4, color=method_colors([m])[m], label=m) for m in PAIRS] + [dict(ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m]) for m in PAIRS] + [dict(marker="o", ls="", ms=7, mfc="none", mec=".2", mew=.8, label="default")]
     fig.legend(handles=[Line2D([], [], **m) for m in marks], loc="outside lower center", ncols=5, frameon=False)
-    return finish(fig, f"{caption} Point and bar: mean and one sample standard deviation over seeds.".strip())
+    return finish(fig, f"{caption} Point and bar, line and band: mean and one sample standard deviation over seeds.".strip())
 
 # %% ../nbs/27_visualize.ipynb #199c69ce
 BASE, ADDED, PLAIN = "#3d6f9e", "#d0661c", "#777777" # of a baseline, of LEWEL, of neither

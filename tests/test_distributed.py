@@ -8,7 +8,7 @@ from lewel.checkpoint import load_checkpoint
 from lewel.cli import pretrain_command
 from lewel.core import UserError
 from lewel.paper import get_recipe
-from lewel.pretrain import StopAt, Stopped, from_all_ranks, pretrain, process_group
+from lewel.pretrain import StopAt, Stopped, from_all_ranks, lock_output, pretrain, process_group
 from lewel.results import read_curve, read_record
 from lewel.scenes import scenes
 from lewel.target import synchronize_norms, world
@@ -63,6 +63,8 @@ def work(root):
         for wrong, batch in (dict(accumulate=3), 8), ({}, 9), (dict(accumulate=4), 8):
             try: run(RECIPES["byol"].changed(batch_size=batch), root/"wrong", **wrong); assert False
             except UserError as e: assert "\n" not in str(e)
+        try: run(RECIPES["byol"], root/"held"); assert False
+        except UserError as e: assert "another process is training" in str(e)                       # both are told
         assert pretrain_command(short_run(root, root/"one node")) == 0
         if rank == 0: torch.save(seen, root/"seen.pt")
         sys.argv[1:] = long_run(root)                                                               # python -m lewel.pretrain, until the second process is killed
@@ -86,6 +88,7 @@ def job(tmp_path_factory):
     "What two processes did until the second was killed: their folder, torchrun's exit code, and what they said."
     root = tmp_path_factory.mktemp("two")
     draw(root/"data", 48)
+    lock = lock_output(root/"held")
     process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, root],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONWARNINGS="ignore"))
     try:
@@ -94,7 +97,7 @@ def job(tmp_path_factory):
         second, = (pid for pid in children(process.pid) if rank_of(pid) == "1")
         os.kill(second, signal.SIGKILL)
         return root, process.wait(60), process.stdout.read()
-    finally: process.terminate()
+    finally: process.terminate(); lock.close()
 
 @pytest.fixture
 def two(job): return job[0]
@@ -150,6 +153,7 @@ def test_only_the_first_process_writes(two):
     out = two/"lewel_m_eman"
     assert sorted(p.name for p in out.iterdir()) == ["best.pt", "curve.csv", "last.pt", "record.json"]
     assert read_curve(out).knn_top1.notna().sum() == 1 and not (two/"wrong").exists()
+    assert [p.name for p in (two/"held").iterdir()] == [".lock"]                                    # its holder's, still there
 
 def test_two_nodes(two):
     "Two launchers with one process each, which find each other by torchrun's rendezvous as on two machines: the weights of one launcher with two processes."
@@ -158,7 +162,7 @@ def test_two_nodes(two):
     nodes = [subprocess.Popen([*argv, *short_run(two, two/"two nodes")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")) for _ in range(2)]
     try: said = [n.communicate(timeout=120)[0] for n in nodes]
     finally:
-        for n in nodes: n.kill()
+        for n in nodes: n.terminate()      # and with it its process
     assert [n.returncode for n in nodes] == [0, 0], said
     assert read_record(two/"two nodes")["processes"] == 2
     assert gap(two/"one node", two/"two nodes") == 0

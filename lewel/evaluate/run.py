@@ -23,7 +23,7 @@ from .semi import SEMI, evaluate_semi
 from ..interop import load_backbone
 from ..masks import open_masks
 from ..pretrain import Stopped, check_least, forget_peak_memory, overdue, peak_memory_mb, pick_device
-from ..results import environment, read_record, run_id, write_record
+from ..results import code_state, environment, read_record, run_id, write_record
 
 # %% ../../nbs/26_evaluate_run.ipynb #3cb0f5cd
 def evaluation_sets(
@@ -125,6 +125,7 @@ def evaluate(
     workers:int=2, # processes or threads that decode files; no result depends on them
 )->dict: # the record
     "Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted. Raises `UserError`, and `Stopped` on SIGTERM while a network is being fine-tuned."
+    code_state()      # the record names the code as it is now
     check_least(workers=(workers, 0))
     for n in names: check_choice("preset", preset, protocols[check_choice("protocol", n, protocols)].presets)
     if out is None and not Path(start).is_dir(): raise UserError(f"{start} is not the folder of a run: say where the record goes (out)")

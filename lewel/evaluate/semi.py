@@ -21,7 +21,7 @@ from .finetune import StepSchedule, finetune
 from .knn import center_batches, check_labels, frozen, topk_accuracy
 from ..interop import load_backbone, weights_fingerprint
 from ..pretrain import forget_peak_memory, peak_memory_mb
-from ..results import environment, read_record, run_id, write_record
+from ..results import code_state, environment, read_record, run_id, write_record
 from ..views import ViewLoader, ViewRecipe, normalize
 
 # %% ../../nbs/19_evaluate_semi.ipynb #2e2424ca
@@ -231,7 +231,7 @@ def train_supervised(
     record["id"] = run_id(record)
     if (out/"record.json").exists() and (out/"backbone.pth").exists() and read_record(out)["id"] == record["id"]: return read_record(out)
     net, state_file, title, device = load_backbone("random", backbone, seed)[0], out/"state.pt", f"supervised seed {seed}", torch.device(device)
-    forget_peak_memory(device)
+    forget_peak_memory(device); code_state()      # the record names the code as it is now
     model = fit_part(net, train, len(train.classes), protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
     metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
     atomic_write(out/"backbone.pth", lambda f: torch.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, f))
