@@ -25,6 +25,7 @@ def check_device(
     "Raises `UserError` for a word that can be no device; whether it is there is seen later."
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)): raise UserError(f"{what} is {device!r}; it must be auto, cpu, cuda, or one GPU such as cuda:1")
 
+# %% ../nbs/31_experiments.ipynb #a04c00e7
 @dataclass
 class Settings:
     "How the experiments run."
@@ -52,6 +53,7 @@ class Settings:
 SECTIONS = "data", "segmentation", "detection", "instance"
 NAMES = tuple(n for n in Settings.__dataclass_fields__ if n not in SECTIONS)
 
+# %% ../nbs/31_experiments.ipynb #2bdcf043
 def read_settings(
     path="settings.ini", # the file; defaults where it does not exist
     **overrides, # settings that win over environment and file; None is ignored
@@ -111,6 +113,7 @@ def check_value(
         from lewel.paper import ablation_factors
         check_choice(what, value, ["default", *ablation_factors(known["method"], known["scale"])])
 
+# %% ../nbs/31_experiments.ipynb #e6b38cec
 def check_parameters(
     notebook, # path of a notebook with a cell tagged "parameters"
     parameters:dict, # name -> value
@@ -125,6 +128,7 @@ def check_parameters(
     defaults = {name: p["default"].strip("'\"") for name, p in known.items()}
     for name, value in parameters.items(): check_value(f"parameter {name} of {Path(notebook).name}", Path(notebook).stem, name, value, defaults | parameters)
 
+# %% ../nbs/31_experiments.ipynb #f88687d3
 def run_notebook(
     notebook, # path
     out, # path of the executed copy
@@ -305,6 +309,7 @@ def difference(
     at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None if len(a) == len(b) else min(len(a), len(b)))
     return None if at is None else f"{old}, line {at + 1}: {(a[at:at + 1] or ['nothing'])[0]!r}, but the records say {(b[at:at + 1] or ['nothing'])[0]!r}"
 
+# %% ../nbs/31_experiments.ipynb #496ded69
 def verify_readme(
     notebook="nbs/index.ipynb", # that README.md is made of
 )->list: # what differs, one line each
@@ -321,6 +326,7 @@ def verify_readme(
     done = [(c, d) for c, d in zip(shown, again.cells) if d.outputs]      # not those that a failure left out
     return failed + [f"{notebook}: {a!r}, but the records say {b!r}" for c, d in done for a, b in zip_longest(text(c), text(d), fillvalue="nothing") if a != b]
 
+# %% ../nbs/31_experiments.ipynb #525fe863
 def verify(
     results, # folder of a scale, as it is kept
     notebooks="experiments", # folder of the notebooks

@@ -186,6 +186,7 @@ PAPER = dict( # table -> metric in the records -> (task, metric) of the publishe
     detection=dict(box_ap=("VOC detection", "ap"), box_ap50=("VOC detection", "ap50"), box_ap75=("VOC detection", "ap75")),
     instance={f"{form}_{k}": (task, k) for form, task in dict(instance="COCO FPN 1x", instance_2x="COCO FPN 2x", instance_c4="COCO C4 1x").items() for k in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")})
 
+# %% ../nbs/13_results.ipynb #1292a48b
 def add_missing(
     table:pd.DataFrame, # from `summarize`
     failures:list, # from `read_failures`
@@ -200,6 +201,7 @@ def add_missing(
     table = pd.concat([table, pd.DataFrame(none)], ignore_index=True) if none else table
     return table.assign(missing=table.method.map(lambda m: "; ".join(said.get(m, [])))).sort_values("method", key=lambda column: column.map(lambda m: _rank(m, METHODS)), kind="stable", ignore_index=True)
 
+# %% ../nbs/13_results.ipynb #2613ee1e
 def make_table(
     records:list, # of any kind, of one scale; evaluations are picked
     name:str, # one of `TABLES`
@@ -216,6 +218,7 @@ def make_table(
         table.insert(table.columns.get_loc("kNN top-1 std") + 1, "kNN top-1 anchor", table.method.map(imagenette_anchor.epochs_200).where(table.scale == "imagenette"))
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
 
+# %% ../nbs/13_results.ipynb #6262d12b
 def compare_with_anchor(
     table:pd.DataFrame, # from `make_table`
 )->list: # a sentence for each method that the anchor has
