@@ -59,7 +59,7 @@ def add_recipe_options(
     for f in fields(Recipe):
         if f.name in without: continue
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{docs[f.name]} (default: the scale's)".replace("%", "%%"), **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{docs[f.name]} (default: the scale's{', in proportion to --batch-size' if f.name == 'lr' else ''})".replace("%", "%%"), **kind)
 
 def recipe_from(
     args, # parsed arguments of lewel-pretrain
@@ -100,7 +100,7 @@ def pretrain_parser()->Parser:
     p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
     p.add_argument("--data", help="folder of images (train/ and val/ are found, class folders optional), 'imagenette' (downloaded) or 'scenes' (embedded)")
     p.add_argument("--out", help="folder of the run: last.pt, best.pt, curve.csv, record.json")
-    p.add_argument("--method", default="lewel_b", help="mocov2, lewel_m, byol or lewel_b")
+    p.add_argument("--method", default="lewel_b", help="mocov2, lewel_m, byol or lewel_b; at the paper's scale also lewel_b_syncbn")
     p.add_argument("--scale", default="imagenette", help=f"where defaults come from: {', '.join(recipes)}")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method, e.g. groups=8 or global_weight=0.3; may be repeated (all: lewel.methods.method_defaults)")
     p.add_argument("--view-option", action="append", default=[], metavar="NAME=VALUE", help="setting of both views, e.g. flip=0 or area=0.5,1; may be repeated (all: lewel.views.ViewRecipe)")
@@ -189,6 +189,7 @@ def evaluate_command(argv=None):
     p.add_argument("--data", help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
     p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(protocols)}")
     p.add_argument("--preset", default="imagenette", help="settings of the protocols: smoke, demo, imagenette or paper (the authors')")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the protocols to change, e.g. lr=0.04, epochs=20 or milestones=12,16; may be repeated (all: the classes LinearProtocol, DetectionProtocol, ... in lewel.evaluate)")
     p.add_argument("--out", default=None, help="folder for the record (default: START/evaluation if START is a run)")
     p.add_argument("--backbone", default=None, help="architecture that a weight file or 'random' is for (default: resnet50)")
     p.add_argument("--size", type=int, default=None, help="pixels, for knn, linear and semi (default: the run's, or 224)")
@@ -200,9 +201,10 @@ def evaluate_command(argv=None):
     add_dry_run(p, "2")
     def action(a):
         check_given(a, ("start", "data"))
+        if a.dry_run and a.option: raise UserError("--option is not for --dry-run, which counts the presets as they are")
         if a.dry_run: return print(dry_evaluate(a))
         time_budget(a.max_minutes)
-        record = evaluate(a.start, a.data, a.out, a.protocol.split(","), a.preset, a.backbone, a.size, a.seed, a.device, a.strict, workers=a.workers)
+        record = evaluate(a.start, a.data, a.out, a.protocol.split(","), a.preset, a.backbone, a.size, a.seed, a.device, a.strict, workers=a.workers, options=dict(parse_option(o) for o in a.option))
         print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.start)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 

@@ -58,6 +58,7 @@ class MemorySet(ImageSet):
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.long)
             if len(labels) != len(images): raise UserError(f"{len(labels)} labels for {len(images)} images: give one label per image")
+            if len(labels) and labels.min() < 0: raise UserError(f"label {labels.min()}: labels are class indices from 0; leave images without a label out")
         self.images, self.labels, self.classes, self.name, self.skipped, self.paths = images, labels, classes, name, list(skipped), paths
 
     def __len__(self): return len(self.images)
@@ -97,8 +98,14 @@ def _opened(path):
     except UnidentifiedImageError: raise UnreadableImage("not an image, or not even its header is whole")
     except Exception as e: raise UnreadableImage((str(e) or type(e).__name__).splitlines()[0]) from e
 
+def _turn(image):
+    "EXIF orientation, 1 to 8, from what precedes the pixels: Pillow would decode a PNG to look for it behind them, and has turned a TIFF already."
+    if image.format == "TIFF" or image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys(): return 1
+    return image.getexif().get(0x112, 1)
+
 def _to_rgb(image):
-    if image.mode.startswith("I"):  # I;16 and its variants, or I: 16-bit gray
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"): raise UnreadableImage("32-bit gray has no agreed range: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # I;16 and its variants; of PNG and PGM also I: 16-bit gray
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -110,7 +117,7 @@ def decode_image(
 )->torch.Tensor: # 3 x H x W, uint8, RGB; a pixel's channels lie side by side, as torchvision's fast resize of uint8 wants it
     "Decode an image as a viewer would show it; raises `UnreadableImage`."
     with _opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
+        if _turn(image) != 1: ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(_to_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -119,7 +126,7 @@ def image_size(
     path, # image file
 )->tuple: # (height, width) as `decode_image` would return it
     "Read an image's size from its header; raises `UnreadableImage`."
-    with _opened(path) as image: (width, height), turned = image.size, image.getexif().get(0x112, 1) >= 5
+    with _opened(path) as image: (width, height), turned = image.size, _turn(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 # %% ../nbs/01_data.ipynb #788eee20
@@ -258,8 +265,16 @@ def _check_folder(root):
     if not root.is_dir(): raise UserError(f"{root} is not a folder: give the folder that holds the images")
     return root
 
+def _check_split_names(root):
+    "Raises `UserError` if a folder may be a split or a class: it has a split's name, and stands alone beside others with images."
+    named = [f for f in (split_folder(root, s) for s in SPLITS) if f]
+    if len(named) != 1: return
+    others = [f for f in sorted(root.iterdir()) if f.is_dir() and f != named[0] and not f.name.startswith(".") and list_images(f)]
+    if others: raise UserError(f"{named[0]} may be a split or a class, since {others[0].name} beside it holds images, too: give {named[0]} to use it alone, or rename it if it is a class")
+
 def _images_in(root, split):
     "The folder that holds `split`, and its images."
+    _check_split_names(root)
     folder = split_folder(root, split)
     if folder is None and (split == "val" or has_split(root, "val")):
         raise UserError(f"{root} has no {split} split: add a folder {root/split} with the same class folders")

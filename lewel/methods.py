@@ -223,7 +223,7 @@ def check_kind(
     if default is None and value is None or name == "hidden_dim" and value is None: return
     kind = int if default is None else type(default)
     right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "several numbers, e.g. 0.2,1"}
     if not right: raise UserError(f"{name}={value!r} must be {words[kind]}")
 
 def check_options(

@@ -223,7 +223,7 @@ def monitor_sets(
     part = lambda s, n, size: s.subset(torch.linspace(0, n - 1, min(n, size)).long())
     if val is not None and val.labels is not None: return part(images, len(images), memory_size), part(val, len(val), query_size)
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held = len(images)//5
+    held = max(len(images)//5, 1)
     return images.subset(shuffled[held:held + memory_size]), images.subset(shuffled[:min(held, query_size)])
 
 class Monitor(Callback):
@@ -540,7 +540,7 @@ def lock_output(
     try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
     except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
     try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError): raise UserError(f"another process is training in {out}: wait for it to end, or choose another output folder") from None
+    except (BlockingIOError, PermissionError): raise UserError(f"another process is writing to {out}: wait for it to end, or choose another output folder") from None
     except OSError: pass                          # a file system that has no locks
     return lock
 
@@ -556,7 +556,7 @@ def held_output(
     if refused := from_first_rank(lambda: refused): raise UserError(refused)
     try: yield
     finally:
-        if lock: (out/".lock").unlink(missing_ok=True); lock.close()
+        if lock: lock.close()
 
 # %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(

@@ -68,7 +68,13 @@ class ViewRecipe:
         for name in "flip", "jitter", "gray", "blur", "solarize":
             if not 0 <= getattr(self, name) <= 1: raise UserError(f"{name} {getattr(self, name)}: give a probability, from 0 to 1")
         if self.size < 8: raise UserError(f"views of {self.size} pixels: size must be at least 8")
-        if not 0 < self.area[0] <= self.area[1] <= 1: raise UserError(f"crop area {self.area}: give two fractions of the image, low and high, in (0, 1]")
+        finite = lambda v: isinstance(v, (int, float)) and np.isfinite(v)
+        for name, most in dict(area=1, ratio=np.inf, sigma=np.inf).items():
+            pair = getattr(self, name)
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(finite, pair)) and 0 < pair[0] <= pair[1] <= most):
+                raise UserError(f"{name} {pair}: give two numbers above 0{' and at most 1' if most == 1 else ''}, low and high")
+        for name, most in dict(brightness=np.inf, contrast=np.inf, saturation=np.inf, hue=0.5).items():
+            if not (finite(getattr(self, name)) and 0 <= getattr(self, name) <= most): raise UserError(f"{name} {getattr(self, name)}: give a strength of at least 0{' and at most 0.5' if most == 0.5 else ''}")
 
     @property
     def blur_size(self): return 2*(self.size//20) + 1 # the odd number nearest to 10% of the size

@@ -151,7 +151,7 @@ def test_stops_together_and_goes_on_alone(two, tmp_path):
 def test_only_the_first_process_writes(two):
     "One curve, one record, and the monitor's column; nothing is left over."
     out = two/"lewel_m_eman"
-    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "curve.csv", "last.pt", "record.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "best.pt", "curve.csv", "last.pt", "record.json"]
     assert read_curve(out).knn_top1.notna().sum() == 1 and not (two/"wrong").exists()
     assert [p.name for p in (two/"held").iterdir()] == [".lock"]                                    # its holder's, still there
 

@@ -89,12 +89,12 @@ def knn_votes(
 )->torch.Tensor: # N x num_classes, votes
     "Votes of the k nearest neighbors by cosine."
     memory, k = F.normalize(train_features, dim=1), min(k, len(train_features))
-    members = F.one_hot(train_labels, num_classes or int(train_labels.max()) + 1).to(memory.dtype)
+    num_classes = num_classes or int(train_labels.max()) + 1
     votes = []
     for queries in F.normalize(features, dim=1).split(chunk):
         cosine, near = (queries@memory.T).topk(k, dim=1)
         weights = torch.ones_like(cosine) if temperature is None else (cosine/temperature).exp()
-        votes.append((weights[:, None]@members[near]).squeeze(1))
+        votes.append(weights.new_zeros(len(weights), num_classes).scatter_add_(1, train_labels[near], weights))
     return torch.cat(votes)
 
 # %% ../../nbs/15_evaluate_knn.ipynb #d306a354
@@ -170,8 +170,8 @@ def monitor(
 )->dict: # "monitor_top1": percent; "monitor_k": neighbors as used
     "The authors' training-time monitor (method.md section 7). Keys are among the queries: **not comparable with `evaluate_knn`**, not to be reported."
     check_labels(val, "the validation images")
-    members = [(val.labels == c).nonzero().flatten()[:25] for c in val.labels.unique()]
-    queries, labels = extract_features(backbone, val.subset(torch.cat(members)), size, device)
-    keys = torch.cat([torch.arange(len(m)) < 5 for m in members])
+    members = torch.cat([(val.labels == c).nonzero().flatten()[:25] for c in val.labels.unique()])
+    queries, labels = extract_features(backbone, val.subset(members), size, device)
+    keys = torch.cat([torch.arange(n) < 5 for n in labels.unique_consecutive(return_counts=True)[1]])      # of those that could be read
     result = knn_accuracy(queries[keys], labels[keys], queries, labels, k=20, temperature=None)
     return dict(monitor_top1=result["top1"], monitor_k=result["k"])
