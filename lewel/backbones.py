@@ -61,11 +61,13 @@ def num_features(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
     size:int=64, # side of the square image it is shown, in pixels
 )->int: # C
-    "Channels of a backbone's feature map. Raises `UserError` if what comes back is not a map."
+    "Channels of a backbone's feature map. Raises `UserError` if it cannot take the image, or what comes back is not a map."
     modes = [(m, m.training) for m in backbone.modules()]
     parameter = next(backbone.parameters(), torch.zeros(()))
-    out = backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
-    for m, mode in modes: m.training = mode
+    try: out = backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+    except Exception as e: raise UserError(f"backbone {type(backbone).__name__} cannot take an image of {size} x {size} pixels ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): give one that takes any size") from e
+    finally:
+        for m, mode in modes: m.training = mode
     shape = tuple(getattr(out, "shape", ()))
     if len(shape) != 4:
         raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x H x W to a feature map B x C x h x w; it returned {shape or type(out).__name__}. "

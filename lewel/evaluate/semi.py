@@ -232,7 +232,7 @@ def train_supervised(
     if (out/"record.json").exists() and (out/"backbone.pth").exists() and read_record(out)["id"] == record["id"]: return read_record(out)
     net, state_file, title, device = load_backbone("random", backbone, seed)[0], out/"state.pt", f"supervised seed {seed}", torch.device(device)
     forget_peak_memory(device); code_state()      # the record names the code as it is now
-    model = fit_part(net, train, len(train.classes), protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
+    model = fit_part(net, train, int(train.labels.max()) + 1, protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
     metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
     atomic_write(out/"backbone.pth", lambda f: torch.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, f))
     seconds = time.time() - started
