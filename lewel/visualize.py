@@ -16,6 +16,7 @@ import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns, torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from matplotlib.patches import Circle, Polygon, Rectangle
 from matplotlib.transforms import Affine2D
@@ -242,7 +243,9 @@ def plot_curves(
             if some.empty: ax.remove(); continue
             few = some.groupby("run").size().max() <= 20
             sns.lineplot(some, x="epoch", y=column, hue="method", palette=colors, units="run", estimator=None, legend=False, marker="o" if few else None, ms=2.5, mew=0, lw=.9, ax=ax)
-            ax.set(title=QUANTITIES.get(column, column), ylabel="")
+            ax.set(title=QUANTITIES.get(column, column), ylabel=", ".join(family["method"].unique()) if column == columns[0] else "")
+            ax.set_xlim(left=0); ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if column == "map_entropy": ax.set_ylim(bottom=0)
     fig.legend(handles=[Line2D([], [], color=c, label=m) for m, c in colors.items()], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, caption)
 
