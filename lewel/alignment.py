@@ -38,16 +38,16 @@ class Head(nn.Module):
 
 # %% ../nbs/05_alignment.ipynb #1132b8ec
 def to_tokens(
-    features:torch.Tensor, # B x C x h x w
-)->torch.Tensor: # B x N x C, N = h w, row by row
+    features:torch.Tensor, # B x C x H x W
+)->torch.Tensor: # B x N x C, N = HW, row by row
     "The pixels of a feature map as tokens."
     return features.permute(0, 2, 3, 1).flatten(1, 2)
 
 # %% ../nbs/05_alignment.ipynb #84843215
 def alignment_maps(
     projections:torch.Tensor, # B x N x d: the head's output at each of N positions
-    scale:float=1.0, # s, the temperature
-    normalize:bool=True, # scale each projection to unit length first
+    scale:float=1.0, # temperature s of the maps
+    normalize:bool=True, # bring each projection to unit length first
 )->torch.Tensor: # B x N x d; over the N positions each of the d maps sums to 1
     "Softmax over positions of the l2-normalized per-pixel projections (method.md section 2, step 3)."
     return ((F.normalize(projections, dim=-1) if normalize else projections)/scale).softmax(dim=1)
@@ -136,7 +136,7 @@ class CoupledHead(nn.Module):
         dim:int=256, # d, of embeddings, and number of maps
         norm:bool=True, # BatchNorm in g and p (BYOL) or not (MoCo v2)
         groups:int=4, # h; divides C and d
-        scale:float=1.0, # s, temperature of the maps
+        scale:float=1.0, # temperature s of the maps
         coupled:bool=True, # one g for the global embedding and the maps; False: the maps have a head of their own
         aggregation:str="learned", # "learned", "uniform" or "random" maps
         normalize:bool=True, # l2-normalize the per-pixel projections
