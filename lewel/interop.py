@@ -205,16 +205,22 @@ def detectron2_name(
     for a, b in detectron2_parts.items(): name = name.replace(a, b)
     return stem + name
 
-def torch_file(state):
+def torch_file(
+    state:dict, # names and tensors of the backbone, torchvision's
+): # a function that, called with an open binary file, writes into it
     "As torchvision and timm load it."
     return lambda f: torch.save(state, f)
 
-def detectron2_file(state):
+def detectron2_file(
+    state:dict, # names and tensors of the backbone, torchvision's
+)->bytes: # content of the file, a pickle of arrays under detectron2's names
     "As detectron2 and MoCo's conversion have it; without the counters of batches, which have no name there."
     arrays = {detectron2_name(k): v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
     return pickle.dumps(dict(model=arrays, __author__="lewel", matching_heuristics=True))
 
-def safetensors_file(state):
+def safetensors_file(
+    state:dict, # names and tensors of the backbone
+)->bytes: # content of the file
     "As safetensors loads it."
     return optional("safetensors.torch").save(state, {"format": "pt"})
 
@@ -248,11 +254,15 @@ def fits_torchvision(
 # %% ../nbs/10_interop.ipynb #3e3350ee
 input_form = "shown to it in RGB, normalized with ImageNet's mean and standard deviation"
 
-def bullets(values:dict)->str:
+def bullets(
+    values:dict, # names and values; what is None is left out
+)->str: # a line for each, floats with four digits
     "A Markdown list of what is there."
     return "\n".join(f"* {k}: {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in values.items() if v is not None)
 
-def commit_words(git:dict|None)->str:
+def commit_words(
+    git:dict|None, # what `git_state` says: commit, dirty; None for a package that is not in a repository
+)->str: # to stand in a sentence
     "The commit in a record or checkpoint, in words."
     if not git: return "an installed package, whose commit is not known"
     return f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}"

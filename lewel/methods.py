@@ -25,8 +25,8 @@ from .views import to_device
 class Network(nn.Module):
     "A backbone and a head: images -> `Embeddings`."
     def __init__(self,
-        backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
-        head:nn.Module, # B x C x h x w -> Embeddings
+        backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
+        head:nn.Module, # B x C x H x W -> Embeddings
     ):
         super().__init__()
         self.backbone, self.head = backbone, head
@@ -117,7 +117,7 @@ class Method(nn.Module):
 @patch
 @torch.no_grad()
 def target_embeddings(self:Method,
-    *views, # one or two, each B x 3 x H x W
+    *views, # one or two, each B x 3 x height x width
 )->list: # their `Embeddings`
     "Target embeddings of each view; in one batch where that changes nothing."
     if self.target.training or len(views) == 1: return [shuffled(self.target, v) if self.shuffle and self.target.training else self.target(v) for v in views]
@@ -138,7 +138,7 @@ def compare(self:Method,
 
 @patch
 def part_losses(self:Method,
-    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # the other views of the same images
 )->tuple: # `Losses`; the target's `Embeddings` for each direction, for `push`
     "Losses of a batch, or of a part of one; queues stay as they are."
@@ -159,7 +159,7 @@ def push(self:Method,
 
 @patch
 def forward(self:Method,
-    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # the other views of the same images
 )->Losses:
     "Losses of a batch; in training mode the queues, if there are any, take its keys."
@@ -199,8 +199,8 @@ def distribute(self:Method,
 @patch
 @torch.no_grad()
 def alignment_maps(self:Method,
-    images:torch.Tensor, # B x 3 x H x W, normalized
-)->torch.Tensor: # B x d x h x w, each sums to 1
+    images:torch.Tensor, # B x 3 x height x width, normalized
+)->torch.Tensor: # B x d x H x W, each sums to 1
     "The online network's maps, in its present mode. Raises `UserError` for a method without maps."
     features = self.backbone(images)
     maps = self.online.head(features).maps

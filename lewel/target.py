@@ -73,7 +73,7 @@ def world(
 
 @torch.no_grad()
 def gathered(
-    x:torch.Tensor, # B/W x ...: this process's share, of the same shape everywhere
+    x:torch.Tensor, # B/R x ...: this process's share, of the same shape everywhere
 )->torch.Tensor: # B x ...: all shares, in the order of the ranks
     "The whole batch, without gradient."
     _, size = world()
@@ -97,19 +97,26 @@ def average_over_ranks(
 class SumOverRanks(torch.autograd.Function):
     "Sum over processes, with its gradient."
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx,
+        x:torch.Tensor, # this process's term
+    )->torch.Tensor: # the sum, the same everywhere
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, grad): return SumOverRanks.apply(grad)
+    def backward(ctx,
+        grad:torch.Tensor, # of this process's loss with respect to the sum
+    )->torch.Tensor: # of all losses together with respect to this process's term
+        return SumOverRanks.apply(grad)
 
 class SyncBatchNorm(_BatchNorm):
     "BatchNorm over the batch of all processes, each with a share of the same size, on any device."
     def _check_input_dim(self, x): pass
 
-    def forward(self, x):
+    def forward(self,
+        x:torch.Tensor, # B/R x C x ...: this process's share
+    )->torch.Tensor: # normalized with the whole batch's statistics, or in evaluation mode with the running ones
         _, size = world()
         if not self.training or size == 1: return super().forward(x)
         n, wide = size*x.numel()//x.shape[1], x.to(self.running_mean.dtype)
