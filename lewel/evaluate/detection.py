@@ -6,8 +6,8 @@
 __all__ = ['DETECTION', 'PARTS', 'RATIOS', 'BatchNorm', 'DETECTRON2_HEADS', 'DETECTRON2_CONVS', 'DetectionProtocol',
            'layer_shapes', 'RoIPool', 'C4Head', 'c4_parts', 'Pyramid', 'fpn_parts', 'proposal_network', 'detector',
            'synchronized', 'backbone_names', 'training_image', 'batches_ahead', 'send_batch', 'detection_sgd',
-           'average_norms', 'train_detector', 'predict', 'draw_objects', 'show_detections', 'check_boxes',
-           'predict_all', 'evaluate_detection', 'detectron2_head', 'detectron2_names', 'detectron2_state']
+           'average_norms', 'train_detector', 'predict', 'show_detections', 'check_boxes', 'predict_all',
+           'evaluate_detection', 'detectron2_head', 'detectron2_names', 'detectron2_state']
 
 # %% ../../nbs/24_evaluate_detection.ipynb #dcec3c10
 import copy, math, re
@@ -17,7 +17,6 @@ from functools import partial
 from itertools import groupby
 import matplotlib as mpl, numpy as np, torch
 import torch.nn.functional as F
-from matplotlib.font_manager import findfont
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -28,8 +27,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-from ..boxes import BoxSet
+from ..boxes import BoxSet, draw_objects
 from ..core import UserError, check_choice
 from .ap import average_precision, voc07_average_precision
 from .finetune import Ahead, StepSchedule, finetune, step_indices
@@ -327,37 +325,18 @@ def predict(
     return found
 
 # %% ../../nbs/24_evaluate_detection.ipynb #ff069ea4
-def draw_objects(
-    image:torch.Tensor, # 3 x H x W, uint8
-    objects:dict, # a prediction or a target
-    classes:list, # names
-    least:float=0.5, # score below which nothing is drawn
-    scale:int=1, # the image is enlarged by this
-)->torch.Tensor: # 3 x scale H x scale W, uint8
-    "Draw boxes, and masks if there are any, with their classes."
-    keep = objects["scores"] >= least if "scores" in objects else torch.ones(len(objects["labels"]), dtype=torch.bool)
-    labels, boxes = objects["labels"][keep].tolist(), objects["boxes"][keep]*scale
-    image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    palette = ["#e6550d", "#31a354", "#3182bd", "#756bb1", "#d6b600", "#17becf", "#e377c2", "#8c564b", "#bcbd22", "#7f7f7f"]
-    colors = [palette[k % 10] for k in labels]
-    masks = objects["masks"]() if callable(objects.get("masks")) else objects.get("masks")
-    if masks is not None and labels: image = draw_segmentation_masks(image, masks[keep].bool().repeat_interleave(scale, 1).repeat_interleave(scale, 2), 0.5, colors)
-    text = dict(font=findfont("DejaVu Sans"), font_size=16)
-    return draw_bounding_boxes(image, boxes, [classes[k] for k in labels], colors, width=2, **text) if labels else image
-
 def show_detections(
-    images:BoxSet, # with the truth
+    images:BoxSet, # with the ground truth
     found:list, # a prediction for each of the images to show, its first ones
     caption:str="", # one line; should name run and scale
     least:float=0.2, # score below which nothing is drawn
-)->mpl.figure.Figure: # a column for each image: truth above, prediction below
+)->mpl.figure.Figure: # a column for each image: ground truth above, predictions below
     "Show what is there and what was found."
     n = len(found)
-    fig, axes = new_figure(2, n, width=min(7, 1.6*n), height=3.2, subplot_kw=dict(xticks=[], yticks=[]))
+    fig, axes = new_figure(2, n, width=1.75*n, height=3.7)
     for i, column in enumerate(axes.T):
-        image = images.image(i)
-        for ax, objects in zip(column, (images.target(i), found[i])): ax.imshow(draw_objects(image, objects, images.classes, least, scale=max(1, round(192/image.shape[1]))).permute(1, 2, 0))
-    for ax, name in zip(axes[:, 0], ("truth", "found")): ax.set_ylabel(name)
+        for ax, objects in zip(column, (images.target(i), found[i])): draw_objects(ax, images.image(i), objects, images.classes, least)
+    for ax, name in zip(axes[:, 0], ("ground truth", "predictions")): ax.set_ylabel(name)
     return finish(fig, caption)
 
 # %% ../../nbs/24_evaluate_detection.ipynb #cd6e8d53
