@@ -48,7 +48,7 @@ class BoxSet:
 def draw_masks(
     shapes, # one per object: list of float arrays (polygons), or a dict with "counts" and "size" (run lengths); None if there are no masks
     height:int, # of the image, pixels
-    width:int,
+    width:int, # of the image, pixels
 )->torch.Tensor|None: # K x height x width, uint8, 0 or 1; None if there are no masks
     "Draw the pixels of objects as COCO's own tools do."
     if shapes is None: return None
@@ -158,7 +158,7 @@ def draw_objects(
         if masks is not None: pixels[masks[k] > 0] = (pixels[masks[k] > 0] + torch.tensor(to_rgb(color)))/2
         ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.3))
         x, ha = (x1, "left") if x1 + x2 < width else (x2, "right")
-        y, va = (y1, "bottom") if y1 > height/8 else (y2, "top") if y2 < height*7/8 else (y1, "top")
+        y, va = (y1, "bottom") if y1 > height/12 else (y2, "top") if y2 < height*11/12 else (y1, "top")
         ax.text(x - .5, y - .5, text, color=color, fontsize=fontsize, ha=ha, va=va, bbox=dict(fc="k", alpha=.75, lw=0, pad=.8))
     ax.imshow(pixels)
     ax.set(xticks=[], yticks=[])
