@@ -149,7 +149,7 @@ def draw_objects(
     fontsize:float=7, # of the labels
 ):
     "Draw an image with the boxes of its objects, their classes, scores and masks if there are any."
-    (height, width), scores = image.shape[1:], objects.get("scores")
+    width, scores = image.shape[2], objects.get("scores")
     pixels, masks = image.permute(1, 2, 0).float()/255, objects.get("masks")
     if callable(masks): masks = masks()
     for k, (label, (x1, y1, x2, y2)) in enumerate(zip(objects["labels"].tolist(), objects["boxes"].tolist())):
@@ -158,8 +158,7 @@ def draw_objects(
         if masks is not None: pixels[masks[k] > 0] = (pixels[masks[k] > 0] + torch.tensor(to_rgb(color)))/2
         ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.3))
         x, ha = (x1, "left") if x1 + x2 < width else (x2, "right")
-        y, va = (y1, "bottom") if y1 > height/12 else (y2, "top") if y2 < height*11/12 else (y1, "top")
-        ax.text(x - .5, y - .5, text, color=color, fontsize=fontsize, ha=ha, va=va, bbox=dict(fc="k", alpha=.75, lw=0, pad=.8))
+        ax.text(x - .5, y1 - .5, text, color=color, fontsize=fontsize, ha=ha, va="bottom", bbox=dict(fc="k", alpha=.75, lw=0, pad=.8))
     ax.imshow(pixels)
     ax.set(xticks=[], yticks=[])
 
