@@ -159,7 +159,7 @@ def draw_objects(
         ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.3))
         x, ha = (x1, "left") if x1 + x2 < width else (x2, "right")
         ax.text(x - .5, y1 - .5, text, color=color, fontsize=fontsize, ha=ha, va="bottom", bbox=dict(fc="k", alpha=.75, lw=0, pad=.8))
-    ax.imshow(pixels)
+    ax.imshow(pixels.numpy())
     ax.set(xticks=[], yticks=[])
 
 # %% ../nbs/22_boxes.ipynb #5a9d0722
