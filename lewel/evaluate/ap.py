@@ -13,9 +13,9 @@ from ..core import UserError, check_choice
 
 # %% ../../nbs/23_evaluate_ap.ipynb #a050a947
 def precision_recall(
-    right, # bools, one per answer, by falling score
+    right, # bools, one per detection, by falling score: whether it is a true positive
     objects:int, # how many there are to be found
-)->tuple: # precision, recall after each answer: float arrays
+)->tuple: # precision, recall after each detection: float arrays
     "The curve under which average precision is the area."
     right = np.cumsum(np.asarray(right, dtype=np.float64))
     return right/np.arange(1, len(right) + 1), right/objects
@@ -26,7 +26,7 @@ KINDS = {"box": "bbox", "mask": "segm"} # what COCO calls them
 def encode_masks(
     masks, # K x H x W, 0 or 1
 )->list: # K run-length encodings, a hundredth of the size
-    "What `average_precision` also takes as masks: the answers to thousands of images do not fit into memory as pixels."
+    "What `average_precision` also takes as masks: the predictions for thousands of images do not fit into memory as pixels."
     from faster_coco_eval import mask as coco
     return coco.encode(np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())) if len(masks) else []
 
@@ -34,7 +34,7 @@ def encode_masks(
 def ignored(
     target:dict, # of one image, see `BoxSet.target`
 )->torch.Tensor: # K bools
-    "Which objects need not be found, and do not make an answer false: crowds and difficult ones."
+    "Which objects need not be found, and do not make a detection a false positive: crowds and difficult ones."
     return sum((target[k].cpu() for k in ("crowd", "difficult") if k in target), torch.zeros(len(target["labels"]), dtype=torch.bool))
 
 def coco_entries(
@@ -79,13 +79,13 @@ def average_precision(
     "COCO's average precision; raises `UserError`."
     check_choice("kind of AP", kind, KINDS)
     check_pairs(predictions, targets, num_classes)
-    truth, answers = coco_entries(targets, kind), coco_entries(predictions, kind)
-    if not answers: return dict(ap=0., ap50=0., ap75=0.)
+    truth, detections = coco_entries(targets, kind), coco_entries(predictions, kind)
+    if not detections: return dict(ap=0., ap50=0., ap75=0.)
     from faster_coco_eval import COCO, COCOeval_faster
-    sizes = {e["image_id"]: e["segmentation"]["size"] for e in truth + answers if kind == "mask"}
+    sizes = {e["image_id"]: e["segmentation"]["size"] for e in truth + detections if kind == "mask"}
     images = [dict(zip(("id", "height", "width"), (i, *sizes.get(i, (1, 1))))) for i in range(1, len(targets) + 1)]
     truth = COCO(dict(images=images, annotations=truth, categories=[dict(id=c + 1, name=str(c)) for c in range(num_classes)]))
-    evaluator = COCOeval_faster(truth, truth.loadRes(answers), KINDS[kind])
+    evaluator = COCOeval_faster(truth, truth.loadRes(detections), KINDS[kind])
     evaluator.params.areaRng, evaluator.params.areaRngLbl, evaluator.params.maxDets = [[0, 1e10]], ["all"], [100]
     evaluator.evaluate()
     evaluator.accumulate()
@@ -96,8 +96,8 @@ def average_precision(
 def match_best(
     predictions:list, # one dict per image
     targets:list, # one dict per image
-)->tuple: # answers by falling score: their labels, IoU with the object of their class and image that they overlap most, its index; objects of all images: labels, whether ignored
-    "Each answer's object by VOC's rule."
+)->tuple: # detections by falling score: their labels, IoU with the object of their class and image that they overlap most, its index; objects of all images: labels, whether ignored
+    "Each detection's object by VOC's rule."
     scores, overlaps, which, start = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], 0
     for p, t in zip(predictions, targets):
         iou = box_iou(p["boxes"].cpu().double(), t["boxes"].cpu().double())*(p["labels"].cpu()[:, None] == t["labels"].cpu())
@@ -110,7 +110,7 @@ def match_best(
 
 # %% ../../nbs/23_evaluate_ap.ipynb #d0f8741b
 def voc07_class(
-    overlaps:np.ndarray, # of the answers of one class, by falling score
+    overlaps:np.ndarray, # of the detections of one class, by falling score
     which:np.ndarray, # the object they overlap most
     skipped:np.ndarray, # whether that object is to be ignored
     objects:int, # that count

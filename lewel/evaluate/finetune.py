@@ -57,7 +57,9 @@ class Ahead:
         self.draws, self.prepare, self.steps, self.ahead = draws, prepare, steps, {}
         self.pool = ThreadPoolExecutor(max(workers, 1))
 
-    def start(self, step):
+    def start(self,
+        step:int, # counted from 0
+    )->list: # of futures, one per image
         "Have the images of a step made, if there is such a step."
         return [self.pool.submit(self.prepare, *draw) for draw in (self.draws(step) if step < self.steps else ())]
 

@@ -103,7 +103,7 @@ def cached(
 def evaluate_linear(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
     train:ImageSet, # to train the classifier on, labelled
-    test:ImageSet, # to judge it on, labelled
+    test:ImageSet, # to evaluate it on, labelled
     protocol:LinearProtocol=LINEAR["paper"], # how to train
     size:int=224, # side of what the backbone is shown, pixels
     seed:int=0, # of initial weights, order and crops

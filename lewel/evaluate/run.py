@@ -43,11 +43,19 @@ def evaluation_sets(
         if images.labels is None: raise UserError(f"the {part} images of {data} have no labels: put them into class folders")
     return train, test
 
-def mask_sets(data, size:int, strict:bool=False)->tuple:
+def mask_sets(
+    data, # "scenes", a folder with masks, or a pair of `MaskSet`s
+    size:int, # pixels, of generated images
+    strict:bool=False, # stop at an unreadable image
+)->tuple: # (train, test)
     "Training and test part of a set with masks, see `open_masks`; or a pair of `MaskSet`s as it is."
     return data if isinstance(data, tuple) else tuple(open_masks(data, split, size, strict) for split in ("train", "test"))
 
-def box_sets(data, size:int, strict:bool=False)->tuple:
+def box_sets(
+    data, # "scenes", a folder in the layout of Pascal VOC or COCO, or a pair of `BoxSet`s
+    size:int, # pixels, of generated images
+    strict:bool=False, # not used: an unreadable image always stops a detector's evaluation
+)->tuple: # (train, test)
     "Training and test part of a set with boxes, see `open_boxes`; or a pair of `BoxSet`s as it is."
     return data if isinstance(data, tuple) else tuple(open_boxes(data, split, size) for split in ("train", "test"))
 
@@ -108,7 +116,11 @@ class Partial:
         saved = json.loads(self.path.read_text())
         if saved["identity"] == identity: self.done, self.seconds = saved["done"], saved["seconds"]
 
-    def add(self, name, metrics, seconds):
+    def add(self,
+        name:str, # of the protocol
+        metrics:dict, # its numbers
+        seconds:float, # that it took
+    ):
         "Keep the numbers of a protocol."
         self.done, self.seconds = self.done | {name: metrics}, self.seconds | {name: seconds}
         atomic_write(self.path, json.dumps(dict(identity=self.identity, done=self.done, seconds=self.seconds)))

@@ -157,7 +157,7 @@ def crops_ahead(
 # %% ../../nbs/21_evaluate_segmentation.ipynb #cd2aee10
 def confusion(
     predicted:torch.Tensor, # classes, integers of any shape
-    mask:torch.Tensor, # the truth, same shape; classes and IGNORE
+    mask:torch.Tensor, # the ground truth, same shape; classes and IGNORE
     classes:int, # how many
 )->torch.Tensor: # classes x classes: pixels of class row taken for class column
     "Count the pixels that count."
@@ -186,7 +186,7 @@ def predict_masks(
 
 def judge(
     model:nn.Module, # FCN
-    test:MaskSet, # to judge it on
+    test:MaskSet, # to evaluate it on
 )->dict: # see `iou_metrics`
     "mIoU of a network over a set; unreadable images are left out."
     classes, device = len(test.classes), next(model.parameters()).device
@@ -223,7 +223,7 @@ def fit_segmentation(
 def evaluate_segmentation(
     backbone:nn.Module, # a ResNet with torchvision's names; not changed
     train:MaskSet, # to fine-tune on
-    test:MaskSet, # to judge on, with the same classes
+    test:MaskSet, # to evaluate on, with the same classes
     protocol:SegmentationProtocol=SEGMENTATION["paper"], # how
     seed:int=0, # of the head's weights, the order and the crops
     device=None, # to work on; by default where the backbone is
@@ -232,10 +232,10 @@ def evaluate_segmentation(
     picture=None, # PNG file to draw the first predictions into
     workers:int=2, # threads that prepare crops
 )->dict: # "miou" and "iou_CLASS", percent
-    "Fine-tune a backbone for segmentation and judge it; raises `UserError` if the two sets have different classes."
+    "Fine-tune a backbone for segmentation and evaluate it; raises `UserError` if the two sets have different classes."
     if train.classes != test.classes: raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; {', '.join(test.classes)}): give both splits the same list")
     model = fit_segmentation(backbone, train, protocol, seed, device, title, state_file, workers)
-    if title: print(f"{title} | judging {len(test)} images", flush=True)
+    if title: print(f"{title} | evaluating on {len(test)} images", flush=True)
     metrics = judge(model, test)
     if picture: save_figure(show_predictions(model, test, range(min(6, len(test))), title), picture)
     if state_file: Path(state_file).unlink(missing_ok=True)
@@ -257,7 +257,7 @@ def show_predictions(
     masks:MaskSet, # where the images are
     indices, # which of them
     caption:str="", # one line; should name run and scale
-)->mpl.figure.Figure: # a column for each image: image, truth, prediction
+)->mpl.figure.Figure: # a column for each image: image, ground truth, prediction
     "Show what a network predicts for some images."
     fig, axes = new_figure(3, len(indices), width=min(7, 1.1*len(indices)), height=3.2, subplot_kw=dict(xticks=[], yticks=[]))
     colors, seen = mask_colors(masks.classes), set()
@@ -267,6 +267,6 @@ def show_predictions(
         for ax, classes in zip(column[1:], (mask.numpy(), predict_masks(model, image).cpu().numpy())):
             seen |= set(np.unique(classes)) - {IGNORE}
             ax.imshow(np.concatenate([colors, np.ones((256 - len(colors), 3))])[classes], interpolation="nearest")
-    for ax, name in zip(axes[:, 0], ("image", "truth", "prediction")): ax.set_ylabel(name)
+    for ax, name in zip(axes[:, 0], ("image", "ground truth", "prediction")): ax.set_ylabel(name)
     fig.legend(handles=[mpl.patches.Patch(color=colors[c], label=masks.classes[c]) for c in sorted(seen)], loc="outside lower center", ncols=max(3, 2*len(indices)), frameon=False, fontsize=6)
     return finish(fig, caption)

@@ -181,7 +181,7 @@ def classify(
 def evaluate_semi(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
     train:ImageSet, # labelled; a part of the labels is used
-    test:ImageSet, # to judge on, labelled
+    test:ImageSet, # to evaluate on, labelled
     protocol:SemiProtocol=SEMI["paper"], # how
     size:int=224, # side of what the network is shown, pixels
     seed:int=0, # of the draw of labels, the classifier's weights, the order and the crops
