@@ -12,7 +12,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, fcntl, math, os, resource, signal, sys, threading, time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -537,12 +537,13 @@ def lock_output(
     out:Path, # folder of the run
 ): # the open file that holds the lock
     "Make the folder, and lock it. Raises `UserError` if that cannot be done, or another process has it."
-    try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
-    except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
-    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError): raise UserError(f"another process is writing to {out}: wait for it to end, or choose another output folder") from None
-    except OSError: pass                          # a file system that has no locks
-    return lock
+    while True:
+        try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
+        except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
+        try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError): raise UserError(f"another process is writing to {out}: wait for it to end, or choose another output folder") from None
+        except OSError: return lock               # a file system that has no locks
+        if (out/".lock").exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(out/".lock")): return lock
 
 @contextmanager
 def held_output(
@@ -556,7 +557,10 @@ def held_output(
     if refused := from_first_rank(lambda: refused): raise UserError(refused)
     try: yield
     finally:
-        if lock: lock.close()
+        if lock:
+            (out/".lock").unlink(missing_ok=True)
+            with suppress(OSError): out.rmdir()   # nothing was written
+            lock.close()
 
 # %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(
