@@ -509,7 +509,7 @@ def bench(
     check_choice("precision", precision, ("float32", "bfloat16"))
     env = environment(device)
     if workers is None: workers = env["hardware"]["cores"]
-    check_least(repeats=(repeats, 1), batch_size=(batch_size, 2), workers=(workers, 1))
+    check_least(size=(size, 32), repeats=(repeats, 1), batch_size=(batch_size, 2), workers=(workers, 1))
     shapes, map_size = bench_shapes(backbone, size, batch_size, dims)
     if device.type == "cpu": keep_freed_memory()
     if device.index: torch.cuda.set_device(device)

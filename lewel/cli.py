@@ -158,6 +158,7 @@ def dry_evaluate(
     "What the training of protocols will cost. Raises `UserError`."
     from lewel.cost import cost_report, protocol_cost, trainings
     base, names = get_recipe("byol", check_choice("preset", args.preset, recipes)), args.protocol.split(",")
+    if len(names) > 1: names = [n for n in names if n != "knn"]          # which trains nothing
     for n in names: check_choice("protocol of a dry run", n, trainings)
     backbone, size = args.backbone or base.backbone, args.size or base.size
     return "\n".join(cost_report(f"dry run: {n}, preset {args.preset}, {backbone}", protocol_cost(n, args.preset, backbone, size, args.device, batch=args.dry_batch or 2)) for n in names)

@@ -244,9 +244,10 @@ def split_folder(
     root, # folder of a data set
     split:str, # "train" or "val"
 )->Path|None: # the folder of that split; None if there is none
-    "Find the folder that holds a split, under any of its usual names."
+    "Find the folder that holds a split, under any of its usual names, in capitals or not."
     check_choice("split", split, SPLITS)
-    return next((Path(root)/name for name in SPLITS[split] if (Path(root)/name).is_dir()), None)
+    folders = {p.name.lower(): p for p in sorted(Path(root).iterdir()) if p.is_dir()}
+    return next((folders[name] for name in SPLITS[split] if name in folders), None)
 
 def has_split(root, split)->bool:
     "Whether the folder `root` has a folder of its own for `split`."

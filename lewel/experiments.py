@@ -224,7 +224,7 @@ PAGE_ORDER = dict( # notebook -> (heading, tables, figures)
     table_ablations=("Table 5. Ablations", ("ablations",), ("ablations",)),
     table_cost=("Table 6. Cost", ("cost",), ()),
     figure_gains=("Gains over the baselines", (), ("gains",)),
-    figure_conditions=("Other conditions: longer training, a larger map, more seeds", (), ("conditions",)),
+    figure_conditions=("Other conditions: more seeds, longer training, smaller crops, larger and sharper maps", (), ("conditions",)),
     figure_alignment=("Where LEWEL looks", (), ("alignment", "alignment_training", "curves")))
 
 STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.82rem}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}a{color:#06c}pre{overflow-x:auto;background:#f6f6f6;padding:.6rem}.note{color:#555}"

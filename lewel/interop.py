@@ -44,7 +44,7 @@ def read_weights(
     if not Path(path).is_file(): raise UserError(f"no weight file at {path}")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        reason = "it holds more than tensors and plain values" if isinstance(e, pickle.UnpicklingError) else (str(e) or type(e).__name__).splitlines()[0]
+        reason = "it holds more than tensors and plain values, is damaged, or is no weight file at all" if isinstance(e, pickle.UnpicklingError) else (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path} is not a weight file that can be read safely ({reason})") from e
 
 def check_tensors(

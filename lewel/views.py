@@ -383,7 +383,7 @@ class ViewLoader:
         parts:int=1, # in how many batches a step is served
     ):
         n = len(images)
-        if not 1 <= batch_size <= n: raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size from 1 to {n}, or add images")
+        if not 1 <= batch_size <= n: raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size from 2 to {n}, or add images")
         if batch_size % (world_size*parts): raise UserError(f"batch_size {batch_size} with {world_size} processes and {parts} parts: choose a multiple of {world_size*parts}")
         self.images = images.to(device) if isinstance(images, MemorySet) else images
         self.recipes, self.batch_size, self.seed, self.device, self.workers = recipes, batch_size, seed, torch.device(device), workers

@@ -229,7 +229,7 @@ def test_checkpoint_of_an_unfinished_run(labelled, finished, tmp_path, run):
     whole = run("evaluate", out, *asked, "--out", tmp_path/"whole")
     (out/"record.json").unlink()
     refused(run("evaluate", out, *asked), "evaluate", f"take its weights as they are from {out/'last.pt'}")
-    refused(run("evaluate", out/"last.pt", *asked), "evaluate", "say where the record goes (out)")
+    refused(run("evaluate", out/"last.pt", *asked), "evaluate", "say where the record goes (--out FOLDER")
     part = run("evaluate", out/"last.pt", *asked, "--out", tmp_path/"part")
     assert whole.code == part.code == 0, part.err
     a, b = (read_record(tmp_path/name) for name in ("whole", "part"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'mask_sets', 'box_sets', 'Given', 'Protocol', 'protocol_settings', 'Partial',
-           'describe', 'run_protocols', 'evaluate']
+           'describe', 'run_protocols', 'set_aside', 'evaluate']
 
 # %% ../../nbs/26_evaluate_run.ipynb #1423004d
 import json, time
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
 from ..boxes import open_boxes
-from ..core import UserError, atomic_write, check_choice
+from ..core import UserError, atomic_write, check_choice, warn
 from ..data import has_split, open_data
 from .detection import DETECTION, evaluate_detection
 from .instance import INSTANCE, INSTANCE_2X, INSTANCE_C4, evaluate_instance
@@ -165,6 +165,16 @@ def run_protocols(
         print(f"{title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if isinstance(v, float) and not k.startswith("iou_")), flush=True)
     return partial
 
+# %% ../../nbs/26_evaluate_run.ipynb #24a01274
+def set_aside(
+    out:Path, # folder of a record, or of one to come
+):
+    "Rename a record that is there to ID.json, and say so."
+    if not (out/"record.json").exists(): return
+    kept = out/f"{read_record(out)['id']}.json"
+    (out/"record.json").rename(kept)
+    warn(f"another evaluation was in {out}: its record is now {kept}; give each evaluation its own --out to have both in tables")
+
 # %% ../../nbs/26_evaluate_run.ipynb #8d548bea
 def evaluate(
     start, # folder of a finished run, a checkpoint, a weight file (see `load_backbone`), or "random"
@@ -185,7 +195,7 @@ def evaluate(
     code_state()      # the record names the code as it is now
     check_least(workers=(workers, 0), seed=(seed, 0), size=(size or 8, 8))
     settings = {n: protocol_settings(n, preset, options) for n in names}
-    if out is None and not Path(start).is_dir(): raise UserError(f"{start} is not the folder of a run: say where the record goes (out)")
+    if out is None and not Path(start).is_dir(): raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
     out, device = Path(out or Path(start)/"evaluation"), pick_device(device)
     net, info = load_backbone(start, backbone, seed)
     size = size or info["size"] or 224
@@ -198,6 +208,7 @@ def evaluate(
     with held_output(out): partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, workers)
     skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
     record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
+    set_aside(out)
     written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
     partial.path.unlink(missing_ok=True)
     return written
