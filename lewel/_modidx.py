@@ -594,6 +594,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lewel.pretrain.check_same': ('pretrain.html#check_same', 'lewel/pretrain.py'),
                                 'lewel.pretrain.compile_networks': ('pretrain.html#compile_networks', 'lewel/pretrain.py'),
                                 'lewel.pretrain.create_optimizer': ('pretrain.html#create_optimizer', 'lewel/pretrain.py'),
+                                'lewel.pretrain.describe': ('pretrain.html#describe', 'lewel/pretrain.py'),
                                 'lewel.pretrain.finished': ('pretrain.html#finished', 'lewel/pretrain.py'),
                                 'lewel.pretrain.first_alone': ('pretrain.html#first_alone', 'lewel/pretrain.py'),
                                 'lewel.pretrain.forget_peak_memory': ('pretrain.html#forget_peak_memory', 'lewel/pretrain.py'),

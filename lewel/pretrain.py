@@ -8,7 +8,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
            'peak_memory_mb', 'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory',
            'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
-           'check_least', 'lock_output', 'held_output', 'train', 'compile_networks', 'pretrain', 'StopAt']
+           'check_least', 'lock_output', 'held_output', 'describe', 'train', 'compile_networks', 'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, fcntl, math, os, resource, signal, sys, threading, time
@@ -562,6 +562,16 @@ def held_output(
             with suppress(OSError): out.rmdir()   # nothing was written
             lock.close()
 
+# %% ../nbs/16_pretrain.ipynb #23ce975f
+def describe(
+    learn:Pretraining, # about to train
+)->str: # one line
+    "What a training found, and what it is going to do."
+    images, r, monitor = learn.loader.images, learn.recipe, getattr(learn, "monitor", None)
+    found = f"{images.name}: {len(images):,} images, " + (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels")
+    judged = f"kNN monitor: {len(monitor.sets[1]):,} images of {monitor.sets[1].name}" if monitor else "no kNN monitor"
+    return f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, {r.batch_size} images each, {r.size} px, on {learn.dls.device} | {judged}"
+
 # %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(
     learn:Pretraining, # with its callbacks
@@ -572,6 +582,7 @@ def train(
     last = learn.checkpoints.out/"last.pt"
     step = learn.checkpoints.load(learn, getattr(learn, "monitor", None)) if last.exists() else 0
     check_same("the step to go on from", step)
+    if progress != "none": print(f"{learn.recipe.method} seed {learn.recipe.seed} | {describe(learn)}", flush=True)
     if step and progress == "lines": print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
     if learn.first_epoch < learn.recipe.epochs: learn.fit(learn.recipe.epochs)
 
