@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'CLASSES', 'builders', 'trainings', 'SUSTAINED', 'IMAGES', 'DATA', 'multiply_adds', 'count_parameters',
-           'method_counts', 'detector_size', 'detector_pass', 'protocol_counts', 'classes_of', 'process_peak_mb',
+           'method_counts', 'classes_of', 'detector_size', 'detector_pass', 'protocol_counts', 'process_peak_mb',
            'measured', 'fresh', 'Lap', 'pretrain_briefly', 'noise_masks', 'noise_boxes', 'evaluate_briefly',
            'gpu_hours', 'method_cost', 'training_images', 'protocol_cost', 'number', 'duration', 'cost_report',
-           'data_plan', 'pretrain_work', 'evaluation_work', 'evaluations_of', 'job', 'run_plan', 'evaluation_plan',
+           'data_plan', 'pretrain_work', 'evaluation_work', 'job', 'run_plan', 'evaluations_of', 'evaluation_plan',
            'ablation_plan', 'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
 # %% ../nbs/28_cost.ipynb #e6f6caf7
@@ -39,7 +39,8 @@ from .experiments import Settings, evaluation_groups
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
 from .paper import Recipe, ablation_factors, ablation_runs, get_recipe, recipes, views_of
-from .pretrain import Precision, Pretraining, Steps, check_least, compile_networks, create_optimizer, keep_freed_memory, peak_memory_mb, pick_device
+from .pretrain import Precision, Pretraining, Steps, check_least, compile_networks, create_optimizer
+from .pretrain import keep_freed_memory, peak_memory_mb, pick_device
 from .results import PAIRS, environment, write_record
 from .scenes import SIZES
 from .views import ViewLoader
@@ -48,40 +49,61 @@ from .views import ViewLoader
 def multiply_adds(
     step, # function to be called; its convolutions and matrix products count, backward passes included
 )->int: # half of torch's floating-point operations
-    "What a call multiplies."
+    "Multiply-adds of a call."
     with FlopCounterMode(display=False) as counter: step()
     return counter.get_total_flops()//2
 
+# %% ../nbs/28_cost.ipynb #8345655f
 def count_parameters(
     model:nn.Module, # any
 )->dict: # "trained" and "parameters", all of them
-    "How many numbers a network has."
-    return dict(trained=sum(p.numel() for p in model.parameters() if p.requires_grad), parameters=sum(p.numel() for p in model.parameters()))
+    "Numbers that a network learns, and those that it has."
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return dict(trained=sum(n for n, trained in sizes if trained), parameters=sum(n for n, _ in sizes))
 
 # %% ../nbs/28_cost.ipynb #2364c732
-NUMBERS = "scale", "global_weight", "normalize", "target_norm", "base_momentum", "cosine_momentum", "temperature", "predictor_init" # options of methods that no product's shape depends on
+NUMBERS = ("scale", "global_weight", "normalize", "target_norm", "base_momentum", "cosine_momentum", "temperature",
+           "predictor_init") # options of methods that no product's shape depends on
 
 @cache
-def _counts(name, backbone, options, size, batch_size=2):
-    "Parameters, bytes of the state, multiply-adds of a step; counted once for each shape, not for each recipe."
+def _counts(
+    name:str, # of the method
+    backbone:str, # its name
+    options:tuple, # of the method, pairs of name and value
+    size:int, # of a view, pixels
+    batch_size:int=2, # images in the step
+)->tuple: # see `count_parameters`; bytes of the method's state; multiply-adds of a step
+    "A method and its step on `meta`, counted once for each shape."
     with torch.device("meta"):
         method = create_method(name, backbone, **dict(options))
         views = torch.empty(2, batch_size, 3, size, size)
-        return count_parameters(method), sum(t.numel()*t.element_size() for t in method.state_dict().values()), multiply_adds(lambda: method(*views).loss.backward())
+        products = multiply_adds(lambda: method(*views).loss.backward())
+    state_bytes = sum(t.numel()*t.element_size() for t in method.state_dict().values())
+    return count_parameters(method), state_bytes, products
 
+# %% ../nbs/28_cost.ipynb #0d6c59b8
 def method_counts(
     recipe:Recipe, # of pretraining
-)->dict: # trained (the online network), parameters (the target's too), multiply_adds (of a step: two views forward and backward, the target's forward), checkpoint_mb
-    "What can be said of a recipe by counting."
-    r, options = recipe, {k: v for k, v in recipe.options.items() if k not in NUMBERS}
+)->dict: # trained (the online network), parameters (with the target's), multiply_adds (of a step), checkpoint_mb (MiB)
+    "What can be said of a recipe by counting. Raises `UserError` for impossible options."
+    r = recipe
     check_options(r.method, r.options)
-    parameters, stored, products = _counts(r.method, r.backbone, tuple(sorted(options.items())), r.size)
-    moments = 4*parameters["trained"]*(2 if r.optimizer == "adamw" else 1)
-    return parameters | dict(multiply_adds=products*r.batch_size//2, checkpoint_mb=(stored + moments)/2**20)
+    shaping = tuple(sorted((k, v) for k, v in r.options.items() if k not in NUMBERS))
+    parameters, state_bytes, products = _counts(r.method, r.backbone, shaping, r.size)
+    optimizer_bytes = 4*parameters["trained"]*(2 if r.optimizer == "adamw" else 1)
+    return parameters | dict(multiply_adds=products*r.batch_size//2, checkpoint_mb=(state_bytes + optimizer_bytes)/2**20)
 
 # %% ../nbs/28_cost.ipynb #e97321e9
 CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80, instance_2x=80, instance_c4=80) # of the paper's data sets
 
+def classes_of(
+    name:str, # protocol
+    preset:str, # its settings
+)->int:
+    "Classes of the paper's data set, or ten."
+    return CLASSES[name] if preset == "paper" else 10
+
+# %% ../nbs/28_cost.ipynb #baa7dd73
 def detector_size(
     sides, # short sides, pixels
     longest:int, # the long side gets no longer
@@ -90,6 +112,18 @@ def detector_size(
     side = math.sqrt(np.mean(np.square(sides)))
     return tuple(32*math.ceil(n/32 - 1e-9) for n in (side, min(4*side/3, longest)))
 
+def _image_size(
+    name:str, # protocol
+    p, # its settings
+    size:int, # of the crops for linear and semi, pixels
+    largest:bool, # detectors: the largest image instead of the mean over the sizes
+)->tuple: # height, width
+    "Pixels of an image that a protocol trains on."
+    if name in ("linear", "semi"): return size, size
+    if name == "segmentation": return p.crop, p.crop
+    return detector_size(p.sizes[-1:] if largest else p.sizes, p.longest)
+
+# %% ../nbs/28_cost.ipynb #cea67a97
 def detector_pass(
     model:nn.Module, # from `detector` or `instance_detector`, on meta
     rois:int, # sampled from an image
@@ -101,57 +135,58 @@ def detector_pass(
     def pooled(n, pool): return torch.empty(n, maps[0].shape[1], pool.size, pool.size, requires_grad=True)
     out = sum(model.rpn.head(maps), []) + list(heads.box_predictor(heads.box_head(pooled(n, heads.box_roi_pool))))
     if heads.has_mask():
-        shared = getattr(heads.box_head, "maps", None)
-        out.append(heads.mask_predictor(heads.mask_head(pooled(n//4, heads.mask_roi_pool) if shared is None else shared[:n//4])))
+        shared = getattr(heads.box_head, "maps", None)             # C4: masks are made of the box head's features
+        seen = pooled(n//4, heads.mask_roi_pool) if shared is None else shared[:n//4]
+        out.append(heads.mask_predictor(heads.mask_head(seen)))
     sum(o.sum() for o in out).backward()
 
 # %% ../nbs/28_cost.ipynb #31a8e32b
 def _linear_on(net, classes, p):
-    "A backbone that is not trained, and a classifier that is."
+    "A frozen backbone, and a classifier that is trained."
     return nn.Sequential(net.requires_grad_(False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features(net), classes))
 
-builders = dict(linear=_linear_on, segmentation=FCN, detection=detector, **dict.fromkeys(("instance", "instance_2x", "instance_c4"), instance_detector), # protocol -> function of (backbone, classes, settings) that builds its network
-                semi=lambda net, classes, p: _linear_on(net, classes, p).requires_grad_(True))
+def _semi_on(net, classes, p):
+    "A backbone and a classifier, both trained."
+    return _linear_on(net, classes, p).requires_grad_(True)
 
-def _linear_pass(model, x):
-    "Forward through the backbone, and the classifier's step."
-    with torch.no_grad(): features = model[:-1](x)
-    model[-1](features).sum().backward()
+builders = dict(linear=_linear_on, semi=_semi_on, segmentation=FCN, detection=detector,
+                **dict.fromkeys(("instance", "instance_2x", "instance_c4"), instance_detector)) # protocol -> function of (backbone, classes, settings)
 
+def _training_pass(name, model, images, p):
+    "Forward and backward as a protocol does it."
+    if name == "linear":
+        with torch.no_grad(): features = model[:-1](images)
+        model[-1](features).sum().backward()
+    elif name in ("semi", "segmentation"): model(images).sum().backward()
+    else: detector_pass(model, p.rois, images)
+
+# %% ../nbs/28_cost.ipynb #80654836
 @cache
 def protocol_counts(
-    name:str, # "linear", "semi", "segmentation", "detection" or "instance"
+    name:str, # one of `CLASSES`
     preset:str="paper", # its settings
     backbone:str="resnet50", # see `create_backbone`
     size:int=224, # of the crops for linear and semi, pixels
     largest:bool=False, # detectors: the largest image instead of the mean over the sizes
 )->dict: # trained, parameters, multiply_adds (an image, in training)
-    "What can be said of a protocol's network by counting."
-    p, classes = protocols[check_choice("protocol", name, CLASSES)].presets[preset], classes_of(name, preset)
-    sides = (size, size) if name in ("linear", "semi") else (p.crop, p.crop) if name == "segmentation" else detector_size(p.sizes[-1:] if largest else p.sizes, p.longest)
+    "What can be said of a protocol's network by counting. Raises `UserError` for an unknown protocol."
+    p = protocols[check_choice("protocol", name, CLASSES)].presets[preset]
     with torch.device("meta"):
-        net, images = create_backbone(backbone), torch.empty(2, 3, *sides)
-        model = builders[name](net, classes, p)
-        step = dict(linear=lambda: _linear_pass(model, images), semi=lambda: model(images).sum().backward(), segmentation=lambda: model(images).sum().backward()).get(name, lambda: detector_pass(model, p.rois, images))
-        return count_parameters(model) | dict(multiply_adds=multiply_adds(step)//2)
-
-def classes_of(
-    name:str, # protocol
-    preset:str, # its settings
-)->int:
-    "Classes of the paper's data set, or ten."
-    return CLASSES[name] if preset == "paper" else 10
+        model = builders[name](create_backbone(backbone), classes_of(name, preset), p)
+        images = torch.empty(2, 3, *_image_size(name, p, size, largest))
+        return count_parameters(model) | dict(multiply_adds=multiply_adds(lambda: _training_pass(name, model, images, p))//2)
 
 # %% ../nbs/28_cost.ipynb #d454517c
 def process_peak_mb()->float: # MiB
     "Peak resident memory of this process."
     status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])/2**10 if status.exists() else peak_memory_mb(torch.device("cpu"))
+    if not status.exists(): return peak_memory_mb(torch.device("cpu"))
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])/2**10
 
 def measured(
     train, # called with a function that it calls after every step
     device:torch.device, # where it trains
-)->dict: # seconds (of a step, the first left out), memory_mb (peak, without base_mb), base_mb (held before, on the CPU)
+)->dict: # seconds (of a step, the first left out), memory_mb (peak, without base_mb), base_mb (peak before, on the CPU)
     "Time and memory of a training."
     cuda, laps = device.type == "cuda", []
     base = 0. if cuda else process_peak_mb()
@@ -159,18 +194,26 @@ def measured(
         if cuda: torch.cuda.synchronize(device)
         laps.append(time.perf_counter())
     train(lap)
-    return dict(seconds=float(np.median(np.diff(laps))), memory_mb=(peak_memory_mb(device) if cuda else process_peak_mb()) - base, base_mb=base)
+    peak = peak_memory_mb(device) if cuda else process_peak_mb()
+    return dict(seconds=float(np.median(np.diff(laps))), memory_mb=peak - base, base_mb=base)
+
+# %% ../nbs/28_cost.ipynb #2e250f68
+def _out_of_memory(error:Exception)->bool:
+    "Whether an error, or the end of a process, is due to memory."
+    return isinstance(error, (BrokenProcessPool, MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 def fresh(
     name:str, # of a function of this module
     *args, # for it
 ): # what it returns
     "Call a function in a new process. Raises what it raises, and `UserError` if memory does not suffice."
-    context = get_context("forkserver")                # imports the module once and forks a process for each call
+    context = get_context("forkserver")
     context.set_forkserver_preload(["lewel.cost"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try: return pool.submit(getattr(import_module("lewel.cost"), name), *args).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError): raise UserError("the memory does not suffice for this batch: take a smaller one (--dry-batch)") from None
+        except Exception as e:
+            if not _out_of_memory(e): raise
+            raise UserError("the memory does not suffice for this batch: take a smaller one (--dry-batch)") from None
 
 # %% ../nbs/28_cost.ipynb #24681b52
 class Lap(Callback):
@@ -194,7 +237,8 @@ def pretrain_briefly(
         method = create_method(r.method, r.backbone, **r.options).to(device, memory_format=torch.channels_last)
         if compile: compile_networks(method, device)
         loader = ViewLoader(noise_images(batch*steps, 2*r.size), views_of(r), batch, r.seed, device, parts=accumulate)
-        learn = Pretraining(loader, method, create_optimizer(method, r), r, device, [Steps(), Precision(r.precision, device), Lap(lap)], accumulate)
+        callbacks = [Steps(), Precision(r.precision, device), Lap(lap)]
+        learn = Pretraining(loader, method, create_optimizer(method, r), r, device, callbacks, accumulate)
         learn.logger = lambda *args: None
         learn.fit(1)
     return measured(train, device)
@@ -218,22 +262,29 @@ def noise_boxes(
 )->BoxSet: # with masks, which are the boxes
     "Images of noise with boxes at random."
     rng, (height, width) = np.random.default_rng(0), size
+    low, scale = [[0.], [0.], [0.1], [0.1]], [[width], [height], [width], [height]]
     def pack():
-        x, y, w, h = rng.uniform([[0.], [0.], [0.1], [0.1]], [[0.5], [0.5], [0.5], [0.5]], (4, objects))*[[width], [height], [width], [height]]
-        return pack_objects(size, np.stack([x, y, x + w, y + h], 1), rng.integers(classes, size=objects), shapes=[[np.array(p)] for p in zip(x, y, x + w, y, x + w, y + h, x, y + h)])
-    return BoxSet(noise_images(n, max(size)).images[:, :, :height, :width], [pack() for _ in range(n)], [f"class {c}" for c in range(classes)], "noise")
+        x, y, w, h = rng.uniform(low, 0.5, (4, objects))*scale
+        outlines = [[np.array(p)] for p in zip(x, y, x + w, y, x + w, y + h, x, y + h)]
+        return pack_objects(size, np.stack([x, y, x + w, y + h], 1), rng.integers(classes, size=objects), shapes=outlines)
+    images = noise_images(n, max(size)).images[:, :, :height, :width]
+    return BoxSet(images, [pack() for _ in range(n)], [f"class {c}" for c in range(classes)], "noise")
 
 # %% ../nbs/28_cost.ipynb #036b1caf
+def _noise_classes(n, size, classes):
+    "Images of noise with labels."
+    return MemorySet(noise_images(n, 2*size).images, torch.arange(n) % classes, name="noise")
+
 def _train_linear(net, p, size, classes, batch, steps, device):
     "Steps of `evaluate_linear`'s classifier."
-    images = MemorySet(noise_images(batch, 2*size).images, torch.arange(batch) % classes, name="noise")
     p = replace(p, epochs=steps, batch_size=batch)
-    fit_linear(streamed(net.to(device), images, p, size, device=device), num_features(net), classes, p, device=device)
+    features = streamed(net.to(device), _noise_classes(batch, size, classes), p, size, device=device)
+    fit_linear(features, num_features(net), classes, p, device=device)
 
 def _train_semi(net, p, size, classes, batch, steps, device):
     "Steps of `evaluate_semi`."
-    images = MemorySet(noise_images(batch, 2*size).images, torch.arange(batch) % classes, name="noise")
-    fit_part(net, images, classes, replace(p.parts[-1], epochs=steps), replace(p, batch_size=batch), size, device=device)
+    part = replace(p.parts[-1], epochs=steps)
+    fit_part(net, _noise_classes(batch, size, classes), classes, part, replace(p, batch_size=batch), size, device=device)
 
 def _train_segmentation(net, p, size, classes, batch, steps, device):
     "Steps of `evaluate_segmentation`."
@@ -241,15 +292,17 @@ def _train_segmentation(net, p, size, classes, batch, steps, device):
 
 def _train_detection(net, p, size, classes, batch, steps, device, build=detector):
     "Steps of `evaluate_detection`, at the largest of its sizes."
-    images = noise_boxes(batch, (3*p.sizes[-1]//4, p.sizes[-1]), classes)
-    train_detector(build(net, classes, p), images, replace(p, steps=steps, batch_size=batch, sizes=p.sizes[-1:], precise=0), device=device)
+    images, one_size = noise_boxes(batch, (3*p.sizes[-1]//4, p.sizes[-1]), classes), p.sizes[-1:]
+    train_detector(build(net, classes, p), images, replace(p, steps=steps, batch_size=batch, sizes=one_size, precise=0), device=device)
 
 def _train_instance(*args):
     "Steps of `evaluate_instance`."
     _train_detection(*args, build=instance_detector)
 
-trainings = dict(linear=_train_linear, semi=_train_semi, segmentation=_train_segmentation, detection=_train_detection, **dict.fromkeys(("instance", "instance_2x", "instance_c4"), _train_instance))
+trainings = dict(linear=_train_linear, semi=_train_semi, segmentation=_train_segmentation, detection=_train_detection,
+                 **dict.fromkeys(("instance", "instance_2x", "instance_c4"), _train_instance))
 
+# %% ../nbs/28_cost.ipynb #3516ec58
 def evaluate_briefly(
     name:str, # one of `trainings`
     preset:str, # its settings
@@ -260,9 +313,10 @@ def evaluate_briefly(
     device:torch.device,
 )->dict: # see `measured`
     "A few steps of a protocol on noise."
+    p, classes = protocols[name].presets[preset], classes_of(name, preset)
     def train(lap):
         hook = register_optimizer_step_post_hook(lap)
-        try: trainings[name](create_backbone(backbone), protocols[name].presets[preset], size, classes_of(name, preset), batch, steps, device)
+        try: trainings[name](create_backbone(backbone), p, size, classes, batch, steps, device)
         finally: hook.remove()
     return measured(train, device)
 
@@ -282,20 +336,24 @@ def method_cost(
     recipe:Recipe, # of pretraining
     device:str="auto", # "auto", "cpu" or "cuda"
     steps:int=2, # to be taken; the first is not timed
-    batch:int=None, # images in each of them; by default the recipe's, but at most 8 on the CPU and 128 on a GPU, the share of one among eight in the paper's
+    batch:int=None, # images in each of them; by default the recipe's, but at most 8 on the CPU and 128 on a GPU (the share of one in eight)
     images:int=IMAGES["paper"], # to pretrain on
     accumulate:int=1, # parts in which a batch goes through the network
     compile:bool=False, # see `lewel.pretrain.compile_networks`
-)->dict: # `method_counts`, `measured`, and batch, batch_size, steps (of the whole run), total (multiply-adds), device, precision
+)->dict: # `method_counts`, `measured`, batch, batch_size, device, precision; of the whole run: steps, total; of a step taken: measured_multiply_adds
     "Count a recipe and take a few steps of it, in a process of its own. Raises `UserError`."
-    device, counts = pick_device(device), method_counts(recipe)
-    batch = batch or min(8 if device.type == "cpu" else 128, recipe.batch_size)
+    device, counts, r = pick_device(device), method_counts(recipe), recipe
+    batch = batch or min(8 if device.type == "cpu" else 128, r.batch_size)
     check_least(accumulate=(accumulate, 1))
-    if batch//accumulate < 2 or steps < 2: raise UserError(f"{steps} steps of {batch} images{f' in {accumulate} parts' if accumulate > 1 else ''}: at least 2 steps, of 2 images each time, are needed")
-    if images < recipe.batch_size: raise UserError(f"batch_size {recipe.batch_size} with {images} images: choose a smaller batch_size, or add images")
-    total = recipe.epochs*(images//recipe.batch_size)
-    about = dict(batch=batch, batch_size=recipe.batch_size, steps=total, total=total*counts["multiply_adds"], device=device.type, precision="float32" if device.type == "cpu" else recipe.precision)
-    return counts | about | dict(measured_multiply_adds=counts["multiply_adds"]*batch/recipe.batch_size) | fresh("pretrain_briefly", recipe, batch, steps, device, accumulate, compile)
+    parts = f" in {accumulate} parts" if accumulate > 1 else ""
+    if batch//accumulate < 2 or steps < 2:
+        raise UserError(f"{steps} steps of {batch} images{parts}: at least 2 steps, of 2 images each time, are needed")
+    if images < r.batch_size:
+        raise UserError(f"batch_size {r.batch_size} with {images} images: choose a smaller batch_size, or add images")
+    products, total = counts["multiply_adds"], r.epochs*(images//r.batch_size)
+    about = dict(batch=batch, batch_size=r.batch_size, steps=total, total=total*products, device=device.type,
+                 precision="float32" if device.type == "cpu" else r.precision, measured_multiply_adds=products*batch/r.batch_size)
+    return counts | about | fresh("pretrain_briefly", r, batch, steps, device, accumulate, compile)
 
 # %% ../nbs/28_cost.ipynb #6915a026
 def training_images(
@@ -318,13 +376,14 @@ def protocol_cost(
     batch:int=2, # images in each of them
 )->dict: # as `method_cost`
     "Count a protocol's training and take a few steps of it, in a process of its own. Raises `UserError`."
-    p = protocols[check_choice("protocol", name, trainings)].presets
-    p, device = p[check_choice("preset", preset, p)], pick_device(device)
+    presets = protocols[check_choice("protocol", name, trainings)].presets
+    p, device = presets[check_choice("preset", preset, presets)], pick_device(device)
     if batch < 1 or steps < 2: raise UserError(f"{steps} steps of {batch} images: at least 2 steps of 1 image are needed")
     counts, largest = (protocol_counts(name, preset, backbone, size, l) for l in (False, True))
-    images = training_images(name, p, IMAGES[preset])
-    about = dict(batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*counts["multiply_adds"], device=device.type, precision="float32")
-    return counts | about | dict(multiply_adds=counts["multiply_adds"]*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch) | fresh("evaluate_briefly", name, preset, backbone, size, batch, steps, device)
+    products, images = counts["multiply_adds"], training_images(name, p, IMAGES[preset])
+    about = dict(batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*products, device=device.type,
+                 precision="float32", multiply_adds=products*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch)
+    return counts | about | fresh("evaluate_briefly", name, preset, backbone, size, batch, steps, device)
 
 # %% ../nbs/28_cost.ipynb #dfdaec3e
 def number(
@@ -341,29 +400,40 @@ def duration(
         if seconds >= 2*length: return f"{seconds/length:,.1f} {unit}"
     return f"{seconds:.2f} seconds"
 
+# %% ../nbs/28_cost.ipynb #c0b63b6c
 def cost_report(
     title:str, # what it is about
     cost:dict, # from `method_cost` or `protocol_cost`
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
 )->str: # a block of lines
     "The cost of a run as text; measured, counted and assumed are told apart."
-    c, scale = cost, cost["multiply_adds"]/cost["measured_multiply_adds"]
+    c, products, taken = cost, cost["multiply_adds"], cost["measured_multiply_adds"]
     base = f", beside {c['base_mb']:,.0f} MiB for Python and its libraries" if c["base_mb"] else ""
-    step, hours = c["seconds"]*scale, gpu_hours(c["total"], sustained)
+    step, hours = c["seconds"]*products/taken, gpu_hours(c["total"], sustained)
     lines = dict(
         parameters=f"{c['trained']:,} trained of {c['parameters']:,}",
-        counted=f"{number(c['multiply_adds']/1e12)} T multiply-adds a step of {c['batch_size']} images, {number(c['multiply_adds']/c['batch_size']/1e9)} G an image",
+        counted=f"{number(products/1e12)} T multiply-adds a step of {c['batch_size']} images, "
+                f"{number(products/c['batch_size']/1e9)} G an image",
         memory=f"{c['memory_mb']:,.0f} MiB, measured at a batch of {c['batch']} ({c['device']}, {c['precision']}){base}",
-        time=f"{duration(c['seconds'])}, measured, a step of {c['batch']} with {number(c['measured_multiply_adds']/1e12)} T multiply-adds; a step of {c['batch_size']} is {duration(step)}, extrapolated by multiply-adds",
-        here=f"{c['steps']:,} steps: {duration(step*c['total']/c['multiply_adds'])} on this machine, extrapolated",
+        time=f"{duration(c['seconds'])}, measured, a step of {c['batch']} with {number(taken/1e12)} T multiply-adds; "
+             f"a step of {c['batch_size']} is {duration(step)}, extrapolated by multiply-adds",
+        here=f"{c['steps']:,} steps: {duration(step*c['total']/products)} on this machine, extrapolated",
         gpu=f"{number(hours)} GPU-hours, assuming that a GPU sustains {sustained/1e12:g} T multiply-adds a second")
     return "\n".join([title, *(f"  {k:11}{v}" for k, v in lines.items())])
 
 # %% ../nbs/28_cost.ipynb #34398ad6
 _scenes = {section: ("scenes", 0) for section in ("data", "segmentation", "detection")}
-DATA = dict(smoke=_scenes, demo=_scenes, # scale -> section of settings.ini -> (name, GB on disk, about)
-    imagenette=dict(data=("imagenette", 0.1), segmentation=("CamVid", 0.6), detection=("a set in the layout of Pascal VOC", 0), instance=("a set in the layout of COCO", 0)),
-    paper=dict(data=("ImageNet-1k", 145), segmentation=("Pascal VOC 2012 and SBD", 4), detection=("Pascal VOC 2007 and 2012", 3), instance=("COCO 2017", 20)))
+DATA = dict( # scale -> section of settings.ini -> (name, GB on disk, about)
+    smoke=_scenes, demo=_scenes,
+    imagenette=dict(data=("imagenette", 0.1), segmentation=("CamVid", 0.6), detection=("a set in the layout of Pascal VOC", 0),
+                    instance=("a set in the layout of COCO", 0)),
+    paper=dict(data=("ImageNet-1k", 145), segmentation=("Pascal VOC 2012 and SBD", 4), detection=("Pascal VOC 2007 and 2012", 3),
+               instance=("COCO 2017", 20)))
+
+def _missing(scale, section, where):
+    "What is missing of a data set; empty if it is here."
+    if where is None: return f"set {scale} in [{section}] of settings.ini"
+    return "" if where in ("scenes", "imagenette") or Path(where).is_dir() else f"no folder {where}"
 
 def data_plan(
     settings:Settings, # whose scale
@@ -372,8 +442,7 @@ def data_plan(
     out = {}
     for section, (name, gb) in DATA[settings.scale].items():
         where = getattr(settings, section).get(settings.scale)
-        missing = f"set {settings.scale} in [{section}] of settings.ini" if where is None else "" if where in ("scenes", "imagenette") or Path(where).is_dir() else f"no folder {where}"
-        out[section] = dict(name=name, gb=gb, where=where or f"'<{name}>'", missing=missing)
+        out[section] = dict(name=name, gb=gb, where=where or f"'<{name}>'", missing=_missing(settings.scale, section, where))
     return out
 
 # %% ../nbs/28_cost.ipynb #7d1991d4
@@ -398,12 +467,6 @@ def evaluation_work(
     return sum(work(name) for name in names)
 
 # %% ../nbs/28_cost.ipynb #47c5b3fa
-def evaluations_of(
-    settings:Settings, # whose scale
-)->dict: # end of an evaluation's name -> (data, protocols, seeds)
-    "The evaluations of a scale, also those whose data is missing."
-    return evaluation_groups(replace(settings, **{section: {settings.scale: d["where"]} for section, d in data_plan(settings).items()}))
-
 def job(
     notebook:str, # "pretrain", "supervised", "evaluate" or "ablation"
     settings:Settings, # scale, device, max_minutes
@@ -412,41 +475,53 @@ def job(
     **parameters, # of the notebook
 )->str:
     "The command of a job, see the Snakefile."
-    results = f"results/{settings.scale}"
-    needs = f"--needs {results}/runs/{parameters['method']}-s{parameters['seed']} " if notebook == "evaluate" else ""
+    s, results = settings, f"results/{settings.scale}"
     copy = name if notebook == "supervised" else f"{notebook}-{name}"
-    common = dict(scale=settings.scale, device=settings.device, max_minutes=settings.max_minutes)
-    return f"python experiments/run.py experiments/{notebook}.ipynb {results}/notebooks/{copy}.ipynb {results}/marks/{name}.{mark} {needs}" + " ".join(f"{k}={v}" for k, v in (common | parameters).items())
+    words = ["python experiments/run.py", f"experiments/{notebook}.ipynb"]
+    words += [f"{results}/notebooks/{copy}.ipynb", f"{results}/marks/{name}.{mark}"]
+    if notebook == "evaluate": words.append(f"--needs {results}/runs/{parameters['method']}-s{parameters['seed']}")
+    parameters = dict(scale=s.scale, device=s.device, max_minutes=s.max_minutes) | parameters
+    return " ".join([*words, *(f"{k}={v}" for k, v in parameters.items())])
 
 # %% ../nbs/28_cost.ipynb #e818341e
 def run_plan(
     settings:Settings, # see `plan`
     seed:int,
-): # yields (name, command, multiply-adds, MB of checkpoints, section of the data)
+): # yields (name, command, multiply-adds, MiB of checkpoints, section of the data)
     "The runs of a seed: pretraining, and the supervised ceiling."
-    s, data, results = settings, data_plan(settings)["data"]["where"], f"results/{settings.scale}"
+    s, where, runs = settings, data_plan(settings)["data"]["where"], f"results/{settings.scale}/runs"
+    common = dict(seed=seed, data=where, workers=s.workers)
     for method in recipes[s.scale]:
         r, name = get_recipe(method, s.scale, seed=seed), f"{method}-s{seed}"
-        command = job("pretrain", s, name, "trained", method=method, seed=seed, data=data, workers=s.workers, out=f"{results}/runs/{name}")
+        command = job("pretrain", s, name, "trained", method=method, **common, out=f"{runs}/{name}")
         yield name, command, pretrain_work(r, IMAGES[s.scale]), 2*method_counts(r)["checkpoint_mb"], "data"
     name, r = f"supervised-s{seed}", get_recipe("byol", s.scale)
-    command = job("supervised", s, name, "trained", seed=seed, data=data, workers=s.workers, out=f"{results}/runs/{name}")
-    yield name, command, evaluation_work(["supervised"], s.scale, r), 4*protocol_counts("semi", s.scale, r.backbone, r.size)["parameters"]/2**20, "data"
+    stored = 4*protocol_counts("semi", s.scale, r.backbone, r.size)["parameters"]/2**20
+    command = job("supervised", s, name, "trained", **common, out=f"{runs}/{name}")
+    yield name, command, evaluation_work(["supervised"], s.scale, r), stored, "data"
 
 # %% ../nbs/28_cost.ipynb #0921d825
+def evaluations_of(
+    settings:Settings, # whose scale
+)->dict: # end of an evaluation's name -> (data, protocols, seeds)
+    "The evaluations of a scale, also those whose data is missing."
+    where = {section: {settings.scale: d["where"]} for section, d in data_plan(settings).items()}
+    return evaluation_groups(replace(settings, **where))
+
 def evaluation_plan(
     settings:Settings, # see `plan`
     seed:int,
 ): # as `run_plan`
     "The evaluations of a seed's runs."
-    s, results, where = settings, f"results/{settings.scale}", data_plan(settings)
-    r = get_recipe("byol", s.scale)
+    s, results, r, sections = settings, f"results/{settings.scale}", get_recipe("byol", settings.scale), list(data_plan(settings))
     for method in ("random", *recipes[s.scale], "supervised"):
         for end, (data, names, seeds) in evaluations_of(s).items():
+            if seed >= seeds: continue
             name = f"{method}-s{seed}{end}"
-            command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'", workers=s.workers, runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
-            section = next(section for section in reversed(where) if section == "data" and not end or section in names)
-            if seed < seeds: yield f"{name} ({' '.join(names)})", command, evaluation_work(names, s.scale, r), 0, section
+            command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'",
+                          workers=s.workers, runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
+            section = next(section for section in reversed(sections) if section == "data" and not end or section in names)
+            yield f"{name} ({' '.join(names)})", command, evaluation_work(names, s.scale, r), 0, section
 
 # %% ../nbs/28_cost.ipynb #f6d53e04
 def ablation_plan(
@@ -455,11 +530,14 @@ def ablation_plan(
 ): # as `run_plan`
     "The ablations of a seed, a job for each factor."
     s, data = settings, data_plan(settings)["data"]["where"]
+    def work(r): return pretrain_work(r, IMAGES[s.scale]) + evaluation_work(["knn", "linear"], s.scale, r)
     for method in ("lewel_m", "lewel_b") if seed < s.ablation_seeds else ():
         for factor in ("default", *ablation_factors(method, s.scale)):
             runs, name = ablation_runs(method, factor, s.scale, seed).values(), f"{method}-{factor.replace(' ', '-')}-s{seed}"
-            command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data, workers=s.workers, out=f"results/{s.scale}/ablations/{name}")
-            yield f"{name} ({len(runs)} runs)", command, sum(pretrain_work(r, IMAGES[s.scale]) + evaluation_work(["knn", "linear"], s.scale, r) for r in runs), sum(2*method_counts(r)["checkpoint_mb"] for r in runs), "data"
+            command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data,
+                          workers=s.workers, out=f"results/{s.scale}/ablations/{name}")
+            stored = sum(2*method_counts(r)["checkpoint_mb"] for r in runs)
+            yield f"{name} ({len(runs)} runs)", command, sum(map(work, runs)), stored, "data"
 
 # %% ../nbs/28_cost.ipynb #f3c3eb45
 def plan(
@@ -467,34 +545,63 @@ def plan(
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
 )->list: # a dict for each run: name, command, gpu_hours, disk_gb (checkpoints that are kept), data, missing (empty if its data is here)
     "Every run of a scale."
-    needs = data_plan(settings)
-    rows = [row for kind in (run_plan, evaluation_plan, ablation_plan) for seed in range(max(settings.seeds, settings.dense_seeds, settings.ablation_seeds))
-            for row in (kind(settings, seed) if kind != run_plan or seed < settings.seeds else ())]
-    return [dict(name=name, command=command, gpu_hours=gpu_hours(work, sustained), disk_gb=mb*2**20/1e9, data=needs[section]["name"], missing=needs[section]["missing"]) for name, command, work, mb, section in rows]
+    s, needs = settings, data_plan(settings)
+    most = max(s.seeds, s.dense_seeds, s.ablation_seeds)
+    kinds = (run_plan, s.seeds), (evaluation_plan, most), (ablation_plan, most)
+    rows = [row for kind, seeds in kinds for seed in range(seeds) for row in kind(s, seed)]
+    return [dict(name=name, command=command, gpu_hours=gpu_hours(work, sustained), disk_gb=mb*2**20/1e9, data=needs[section]["name"],
+                 missing=needs[section]["missing"]) for name, command, work, mb, section in rows]
 
 # %% ../nbs/28_cost.ipynb #69857e2f
+def _gigabytes(gb): return f", {number(gb)} GB" if gb else ""
+
+def _print_runs(rows):
+    "What each run costs, and its command."
+    for r in rows:
+        missing = ", DATA MISSING" if r["missing"] else ""
+        print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{_gigabytes(r['disk_gb'])}{missing}\n    {r['command']}")
+
+def _print_ablations(settings, sustained):
+    "What the ablations would add."
+    extra = [r for r in plan(replace(settings, ablation_seeds=1), sustained) if "experiments/ablation.ipynb" in r["command"]]
+    hours, gb = (sum(r[k] for r in extra) for k in ("gpu_hours", "disk_gb"))
+    print(f"\nThe ablations (Table 5) are not among them: ABLATION_SEEDS=1 adds {number(hours)} GPU-hours{_gigabytes(gb)} for\n")
+    _print_runs(extra)
+
+def _print_totals(rows, needs, sustained):
+    "The data, and sums over all runs."
+    print("\nData:")
+    for d in needs: print(f"  {d['name']}{_gigabytes(d['gb'])}: {'MISSING, ' + d['missing'] if d['missing'] else d['where']}")
+    hours, here = (sum(r["gpu_hours"] for r in some) for some in (rows, [r for r in rows if not r["missing"]]))
+    checkpoints, data = sum(r["disk_gb"] for r in rows), sum(d["gb"] for d in needs)
+    print(f"\n{number(hours)} GPU-hours in all, {number(here)} of them with data that is here. Estimated by multiply-adds, "
+          f"assuming that a GPU sustains {sustained/1e12:g} T of them a second; training only, without the tests on the test sets.")
+    print(f"Disk: {number(checkpoints)} GB of checkpoints (last.pt and best.pt of every run), {number(data)} GB of data, "
+          "as far as its size is known.")
+
+# %% ../nbs/28_cost.ipynb #f672a8be
 def print_plan(
     settings:Settings, # scale, seeds, device and where the data is
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
 ):
     "Print the plan of a scale; nothing is run."
-    gigabytes = lambda gb: f", {number(gb)} GB" if gb else ""
-    rows, needs = plan(settings, sustained), {d["name"]: d for d in data_plan(settings).values()}
-    hours, here = (sum(r["gpu_hours"] for r in rows if not (some and r["missing"])) for some in (False, True))
-    print(f"Plan of scale {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}: {len(rows)} runs, none of them started.\n")
-    def show(runs):
-        for r in runs: print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{gigabytes(r['disk_gb'])}{', DATA MISSING' * bool(r['missing'])}\n    {r['command']}")
-    show(rows)
-    if not settings.ablation_seeds:
-        extra = plan(replace(settings, ablation_seeds=1), sustained)[len(rows):]
-        print(f"\nThe ablations (Table 5) are not among them: ABLATION_SEEDS=1 adds {number(sum(r['gpu_hours'] for r in extra))} GPU-hours{gigabytes(sum(r['disk_gb'] for r in extra))} for\n")
-        show(extra)
-    print("\nData:")
-    for d in needs.values(): print(f"  {d['name']}{gigabytes(d['gb'])}: {'MISSING, ' + d['missing'] if d['missing'] else d['where']}")
-    print(f"\n{number(hours)} GPU-hours in all, {number(here)} of them with data that is here. Estimated by multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second; training only, without the tests on the test sets.")
-    print(f"Disk: {number(sum(r['disk_gb'] for r in rows))} GB of checkpoints (last.pt and best.pt of every run), {number(sum(d['gb'] for d in needs.values()))} GB of data, as far as its size is known.")
+    s, rows, needs = settings, plan(settings, sustained), {d["name"]: d for d in data_plan(settings).values()}
+    print(f"Plan of scale {s.scale}, {s.seeds} seed{'s' * (s.seeds > 1)}: {len(rows)} runs, none of them started.\n")
+    _print_runs(rows)
+    if not s.ablation_seeds: _print_ablations(s, sustained)
+    _print_totals(rows, needs.values(), sustained)
 
 # %% ../nbs/28_cost.ipynb #0c188017
+def _on_noise(
+    recipe:Recipe, # of pretraining
+    device:torch.device,
+)->Training:
+    "A recipe's training on views of noise."
+    r = recipe
+    method = create_method(r.method, r.backbone, **r.options).to(device, memory_format=torch.channels_last)
+    loader = ViewLoader(noise_images(2*r.batch_size, 2*r.size), views_of(r), r.batch_size, r.seed, device)
+    return Training(method, create_optimizer(method, r), endless(loader).__next__)
+
 def compare_costs(
     scale:str, # "smoke", "demo", "imagenette" or "paper"
     device:str="auto", # "auto", "cpu" or "cuda"
@@ -505,14 +612,13 @@ def compare_costs(
     started, device, four = time.time(), pick_device(device), {m: get_recipe(m, scale) for m in method_defaults}
     four = {m: r.changed(batch_size=batch or r.batch_size, precision="float32") for m, r in four.items()}
     metrics = {m: method_counts(r) | fresh("pretrain_briefly", r, r.batch_size, 3, device) for m, r in four.items()}
-    def start(r):
-        method = create_method(r.method, r.backbone, **r.options).to(device, memory_format=torch.channels_last)
-        return Training(method, create_optimizer(method, r), endless(ViewLoader(noise_images(2*r.batch_size, 2*r.size), views_of(r), r.batch_size, r.seed, device)).__next__)
     if device.type == "cpu": keep_freed_memory()
-    times = side_by_side({m: start(r).step for m, r in four.items()}, repeats, device, warmup=2)
-    for m in four: metrics[m] |= dict(seconds=times[m]["total"], batch_size=four[m].batch_size)
-    return dict(kind="cost", id=f"cost-{scale}", scale=scale, method=" ".join(four), seed=0, recipe={m: asdict(r) for m, r in four.items()} | dict(repeats=repeats), metrics=metrics,
-                data=dict(name="noise", n=2*max(r.batch_size for r in four.values()), skipped=[]), seconds=time.time() - started, builds_on=[], **environment(device))
+    times = side_by_side({m: _on_noise(r, device).step for m, r in four.items()}, repeats, device, warmup=2)
+    for m, r in four.items(): metrics[m] |= dict(seconds=times[m]["total"], batch_size=r.batch_size)
+    about = dict(kind="cost", id=f"cost-{scale}", scale=scale, method=" ".join(four), seed=0)
+    recipe = {m: asdict(r) for m, r in four.items()} | dict(repeats=repeats)
+    data = dict(name="noise", n=2*max(r.batch_size for r in four.values()), skipped=[])
+    return about | dict(recipe=recipe, metrics=metrics, data=data, seconds=time.time() - started, builds_on=[], **environment(device))
 
 # %% ../nbs/28_cost.ipynb #689b17ef
 def cost_table(
@@ -521,27 +627,42 @@ def cost_table(
     "Cost beside the baseline's; a pure function of the record."
     def row(m):
         c, base = record["metrics"][m], record["metrics"][PAIRS.get(m, m)]
-        return {"method": m, "scale": record["scale"], "baseline": PAIRS.get(m, ""), "batch": c["batch_size"], "M trained": c["trained"]/1e6, "M parameters": c["parameters"]/1e6, "G multiply-adds": c["multiply_adds"]/1e9,
-                "ms a step": 1000*c["seconds"], "MiB peak": c["memory_mb"], "multiply-adds ratio": c["multiply_adds"]/base["multiply_adds"], "time ratio": c["seconds"]/base["seconds"], "memory ratio": c["memory_mb"]/base["memory_mb"]}
+        def ratio(what): return c[what]/base[what]
+        return {"method": m, "scale": record["scale"], "baseline": PAIRS.get(m, ""), "batch": c["batch_size"],
+                "M trained": c["trained"]/1e6, "M parameters": c["parameters"]/1e6, "G multiply-adds": c["multiply_adds"]/1e9,
+                "ms a step": 1000*c["seconds"], "MiB peak": c["memory_mb"], "multiply-adds ratio": ratio("multiply_adds"),
+                "time ratio": ratio("seconds"), "memory ratio": ratio("memory_mb")}
     return pd.DataFrame([row(m) for m in record["method"].split()])
 
 # %% ../nbs/28_cost.ipynb #5f8c3ca5
+def _cost_caption(record):
+    "How the numbers of a record came about."
+    r, h = record, record["hardware"]
+    machine = f"{h['device'] if h['device'] != 'cpu' else h['cpu']}, {h['threads']} thread{'s' * (h['threads'] > 1)}"
+    text = (f"Cost of a training step on noise, scale {r['scale']}, {machine}, torch {r['versions']['torch']}, float32. "
+            "Multiply-adds of convolutions and matrix products, a step, forward and backward. "
+            f"Medians of {r['recipe']['repeats']} steps, all methods taking turns; peak memory without Python and its libraries, "
+            "a process for each method. Ratios to the baseline of the same row. The paper gives no cost.")
+    return text + " WIRING TEST ONLY: these numbers mean nothing."*(r["scale"] == "smoke")
+
 def write_cost(
     record:dict, # from `compare_costs`
     stem, # path without suffix, of the CSV and the Markdown file
 )->pd.DataFrame: # the table
     "Write the table of a record; the same record gives the same bytes."
-    table, stem, h = cost_table(record), Path(stem), record["hardware"]
-    caption = (f"Cost of a training step on noise, scale {record['scale']}, {h['device'] if h['device'] != 'cpu' else h['cpu']}, {h['threads']} thread{'s' * (h['threads'] > 1)}, torch {record['versions']['torch']}, float32. Multiply-adds of convolutions and matrix products, a step, forward and backward. "
-               f"Medians of {record['recipe']['repeats']} steps, all methods taking turns; peak memory without Python and its libraries, a process for each method. Ratios to the baseline of the same row. The paper gives no cost.")
-    if record["scale"] == "smoke": caption += " WIRING TEST ONLY: these numbers mean nothing."
+    table, stem = cost_table(record), Path(stem)
     body = table.round(2).to_markdown(index=False, floatfmt=".2f")
     atomic_write(stem.parent/f"{stem.name}.csv", table.to_csv(index=False, lineterminator="\n"))
-    atomic_write(stem.parent/f"{stem.name}.md", f"{caption}\n\n{body}\n")
+    atomic_write(stem.parent/f"{stem.name}.md", f"{_cost_caption(record)}\n\n{body}\n")
     return table
 
+# %% ../nbs/28_cost.ipynb #68c95598
 def conclude_cost(
     table:pd.DataFrame, # from `cost_table`
 )->list: # a sentence for each pair
     "What the table says."
-    return [f"{r['method']} over {r['baseline']}, scale {r['scale']}: {r['multiply-adds ratio']:.2f} times the multiply-adds, {r['time ratio']:.2f} times the time and {r['memory ratio']:.2f} times the peak memory of a step." for _, r in table[table.baseline != ""].iterrows()]
+    def says(r):
+        times = {what: f"{r[f'{what} ratio']:.2f} times the" for what in ("multiply-adds", "time", "memory")}
+        ratios = f"{times['multiply-adds']} multiply-adds, {times['time']} time and {times['memory']} peak memory of a step"
+        return f"{r['method']} over {r['baseline']}, scale {r['scale']}: {ratios}."
+    return [says(r) for _, r in table[table.baseline != ""].iterrows()]
