@@ -53,7 +53,7 @@ def multiply_adds(
     with FlopCounterMode(display=False) as counter: step()
     return counter.get_total_flops()//2
 
-# %% ../nbs/28_cost.ipynb #8345655f
+# %% ../nbs/28_cost.ipynb #48c8fd09
 def count_parameters(
     model:nn.Module, # any
 )->dict: # "trained" and "parameters", all of them
@@ -81,7 +81,7 @@ def _counts(
     state_bytes = sum(t.numel()*t.element_size() for t in method.state_dict().values())
     return count_parameters(method), state_bytes, products
 
-# %% ../nbs/28_cost.ipynb #0d6c59b8
+# %% ../nbs/28_cost.ipynb #9bb024a1
 def method_counts(
     recipe:Recipe, # of pretraining
 )->dict: # trained (the online network), parameters (with the target's), multiply_adds (of a step), checkpoint_mb (MiB)
@@ -103,7 +103,7 @@ def classes_of(
     "Classes of the paper's data set, or ten."
     return CLASSES[name] if preset == "paper" else 10
 
-# %% ../nbs/28_cost.ipynb #baa7dd73
+# %% ../nbs/28_cost.ipynb #6dbd98f7
 def detector_size(
     sides, # short sides, pixels
     longest:int, # the long side gets no longer
@@ -123,7 +123,7 @@ def _image_size(
     if name == "segmentation": return p.crop, p.crop
     return detector_size(p.sizes[-1:] if largest else p.sizes, p.longest)
 
-# %% ../nbs/28_cost.ipynb #cea67a97
+# %% ../nbs/28_cost.ipynb #0499bb28
 def detector_pass(
     model:nn.Module, # from `detector` or `instance_detector`, on meta
     rois:int, # sampled from an image
@@ -160,7 +160,7 @@ def _training_pass(name, model, images, p):
     elif name in ("semi", "segmentation"): model(images).sum().backward()
     else: detector_pass(model, p.rois, images)
 
-# %% ../nbs/28_cost.ipynb #80654836
+# %% ../nbs/28_cost.ipynb #01223628
 @cache
 def protocol_counts(
     name:str, # one of `CLASSES`
@@ -197,7 +197,7 @@ def measured(
     peak = peak_memory_mb(device) if cuda else process_peak_mb()
     return dict(seconds=float(np.median(np.diff(laps))), memory_mb=peak - base, base_mb=base)
 
-# %% ../nbs/28_cost.ipynb #2e250f68
+# %% ../nbs/28_cost.ipynb #9f47efa9
 def _out_of_memory(error:Exception)->bool:
     "Whether an error, or the end of a process, is due to memory."
     return isinstance(error, (BrokenProcessPool, MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
@@ -302,7 +302,7 @@ def _train_instance(*args):
 trainings = dict(linear=_train_linear, semi=_train_semi, segmentation=_train_segmentation, detection=_train_detection,
                  **dict.fromkeys(("instance", "instance_2x", "instance_c4"), _train_instance))
 
-# %% ../nbs/28_cost.ipynb #3516ec58
+# %% ../nbs/28_cost.ipynb #47fc7b2e
 def evaluate_briefly(
     name:str, # one of `trainings`
     preset:str, # its settings
@@ -400,7 +400,7 @@ def duration(
         if seconds >= 2*length: return f"{seconds/length:,.1f} {unit}"
     return f"{seconds:.2f} seconds"
 
-# %% ../nbs/28_cost.ipynb #c0b63b6c
+# %% ../nbs/28_cost.ipynb #b443ff74
 def cost_report(
     title:str, # what it is about
     cost:dict, # from `method_cost` or `protocol_cost`
@@ -579,7 +579,7 @@ def _print_totals(rows, needs, sustained):
     print(f"Disk: {number(checkpoints)} GB of checkpoints (last.pt and best.pt of every run), {number(data)} GB of data, "
           "as far as its size is known.")
 
-# %% ../nbs/28_cost.ipynb #f672a8be
+# %% ../nbs/28_cost.ipynb #44f1727c
 def print_plan(
     settings:Settings, # scale, seeds, device and where the data is
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
@@ -656,7 +656,7 @@ def write_cost(
     atomic_write(stem.parent/f"{stem.name}.md", f"{_cost_caption(record)}\n\n{body}\n")
     return table
 
-# %% ../nbs/28_cost.ipynb #68c95598
+# %% ../nbs/28_cost.ipynb #ca37b7de
 def conclude_cost(
     table:pd.DataFrame, # from `cost_table`
 )->list: # a sentence for each pair

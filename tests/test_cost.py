@@ -70,7 +70,7 @@ def test_dry_run_counts_images_of_a_folder(run, flat):
     done = run("pretrain", "--dry-run", "--scale", "smoke", "--method", "byol", "--device", "cpu", "--data", flat)
     assert done.code == 0 and "2 epochs of 48 images" in done.out and " 6 steps" in done.out, done
 
-@pytest.mark.parametrize("argv,says", [(["--dry-run", "--method", "lewel_bb"], "lewel_b"), (["--dry-run", "--dry-batch", 1], "at least 2"), (["--out", "x"], "--data"), (["--dry-batch", 4, "--data", "x", "--out", "y"], "--dry-run")])
+@pytest.mark.parametrize("argv,says", [(["--dry-run", "--method", "lewel_bb"], "lewel_b"), (["--dry-run", "--dry-batch", 1], "at least 2"), (["--dry-run", "--dry-batch", 10**8], "--dry-batch"), (["--out", "x"], "--data"), (["--dry-batch", 4, "--data", "x", "--out", "y"], "--dry-run")])
 def test_dry_run_mistakes(run, argv, says):
     done = run("pretrain", "--scale", "smoke", "--device", "cpu", *argv)
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1, done
