@@ -2,7 +2,7 @@
 import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from lewel.cost import SUSTAINED, compare_costs, cost_table, plan, print_plan, write_cost
+from lewel.cost import SUSTAINED, compare_costs, cost_table, plan, print_plan, trainings, write_cost
 from lewel.experiments import Settings, read_settings
 from lewel.methods import check_options
 from lewel.optim import warmup_cosine
@@ -65,6 +65,14 @@ def test_dry_run_of_pretraining_at_full_size(run, tmp_path, monkeypatch):
 def test_dry_run_of_evaluations(run, protocol):
     done = run("evaluate", "--dry-run", "--preset", "smoke", "--protocol", protocol, "--device", "cpu")
     assert done.code == 0 and f"{protocol}, preset smoke, small" in done.out and "GPU-hours, assuming" in done.out, done
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command,what", [*(("pretrain", m) for m in recipes["paper"]), *(("evaluate", p) for p in trainings)])
+def test_every_configuration_of_the_paper_takes_two_steps(run, command, what):
+    "At its full size; minutes on a CPU."
+    names = ("--scale", "paper", "--method") if command == "pretrain" else ("--preset", "paper", "--backbone", "resnet50", "--protocol")
+    done = run(command, "--dry-run", *names, what, "--device", "cpu", "--dry-batch", 2)
+    assert done.code == 0 and "resnet50" in done.out and "assuming that a GPU sustains" in done.out, done
 
 def test_dry_run_counts_images_of_a_folder(run, flat):
     done = run("pretrain", "--dry-run", "--scale", "smoke", "--method", "byol", "--device", "cpu", "--data", flat)
