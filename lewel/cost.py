@@ -41,7 +41,7 @@ from .methods import check_options, create_method, method_defaults
 from .paper import Recipe, ablation_factors, ablation_runs, get_recipe, recipes, views_of
 from .pretrain import Precision, Pretraining, Steps, check_least, compile_networks, create_optimizer
 from .pretrain import keep_freed_memory, peak_memory_mb, pick_device
-from .results import PAIRS, environment, write_record
+from .results import PAIRS, environment, scale_note, write_record
 from .scenes import SIZES
 from .views import ViewLoader
 
@@ -643,7 +643,7 @@ def _cost_caption(record):
             "Multiply-adds of convolutions and matrix products, a step, forward and backward. "
             f"Medians of {r['recipe']['repeats']} steps, all methods taking turns; peak memory without Python and its libraries, "
             "a process for each method. Ratios to the baseline of the same row. The paper gives no cost.")
-    return text + " WIRING TEST ONLY: these numbers mean nothing."*(r["scale"] == "smoke")
+    return text + scale_note(r["scale"])
 
 def write_cost(
     record:dict, # from `compare_costs`

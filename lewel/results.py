@@ -7,7 +7,7 @@ __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPE
            'code_state', 'cpu_model', 'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record',
            'read_records', 'write_curve', 'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_with_anchor',
            'judged_on', 'compare_records', 'paired_interval', 'gain_table', 'conclude', 'ablated_runs',
-           'ablation_table', 'ablation_gains', 'write_table']
+           'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -333,6 +333,12 @@ def ablation_gains(
     return pd.DataFrame(out, columns=["method", "baseline", "metric", "n", "mean", "low", "high", "gains"])
 
 # %% ../nbs/13_results.ipynb #57f6985a
+def scale_note(
+    scale:str, # one of `lewel.core.SCALES`
+)->str: # to end a caption with; empty where numbers mean something
+    "What must be said of every number at a scale."
+    return " WIRING TEST ONLY: these numbers mean nothing." if scale == "smoke" else ""
+
 def _cell(value):
     "A cell of a Markdown table: two decimals, nothing for NaN or a plain no."
     if isinstance(value, bool): return "yes" if value else ""
