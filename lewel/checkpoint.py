@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
+from .backbones import own_name
 from .core import UserError, atomic_write
 from .interop import read_weights
 from .methods import Method, create_method
@@ -97,6 +98,7 @@ def load_method(
     "The method in a checkpoint. Raises `UserError` if it is none."
     state = load_checkpoint(path)
     recipe = Recipe(**state["recipe"])
+    if backbone is not None and recipe.backbone.startswith("own:") and own_name(backbone) != recipe.backbone: raise UserError(f"{path} was trained with the backbone {recipe.backbone}, not {own_name(backbone)}: give the module of that class and shape")
     method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
     method.load_state_dict(state["method"])
     return method.eval(), recipe, state

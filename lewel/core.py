@@ -55,7 +55,8 @@ def atomic_write(
     "Write a file so that a crash, a kill or a full disk leaves either the old content or the new one, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try: handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e      # not the name of a file that nobody asked for
     try:
         with os.fdopen(handle, "wb") as f:
             if callable(content): content(f)

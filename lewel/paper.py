@@ -18,7 +18,7 @@ from .views import ViewRecipe, byol_views, mocov2_views
 class Recipe:
     "How to pretrain. Sizes in pixels; the learning rate is absolute, not scaled by the batch size."
     method:str # "mocov2", "lewel_m", "byol" or "lewel_b"
-    backbone:str="resnet50" # see `lewel.backbones`
+    backbone:str="resnet50" # small, a ResNet of torchvision, or a convolutional model of timm where that is installed
     options:dict=field(default_factory=dict) # of the method, where they differ from `method_defaults`
     size:int=224 # side of the square views
     views:str="byol" # "byol" or "mocov2": which two-view recipe

@@ -8,10 +8,11 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
            'peak_memory_mb', 'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory',
            'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
-           'check_least', 'lock_output', 'held_output', 'describe', 'train', 'compile_networks', 'pretrain', 'StopAt']
+           'check_least', 'lock_output', 'held_output', 'check_space', 'describe', 'train', 'compile_networks',
+           'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
-import ctypes, fcntl, math, os, resource, signal, sys, threading, time
+import ctypes, fcntl, math, os, resource, shutil, signal, sys, threading, time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastprogress.core import IN_NOTEBOOK, format_time
 from torch import nn
+from .backbones import own_name
 from .core import UserError, atomic_write, check_choice, warn
 from .checkpoint import check_same_recipe, load_checkpoint, restore, save_checkpoint
 from .data import ImageSet, has_split, open_data
@@ -257,7 +259,7 @@ def time_budget(
     minutes:float, # from now; 0: no limit
 ):
     "Limit the time of this process: what trains in it then saves its state and raises `Stopped`. Only from the main thread. Raises `UserError` for less than 0."
-    if minutes < 0: raise UserError(f"max_minutes={minutes!r} must be at least 0")
+    if not minutes >= 0: raise UserError(f"max_minutes={minutes!r} must be at least 0")
     overdue.clear()
     if threading.current_thread() is not threading.main_thread():
         if minutes: raise UserError("max_minutes can only be set in the main thread: leave it out")
@@ -270,7 +272,10 @@ def noting_signals():
     "Within it, SIGTERM, SIGINT and SIGALRM are only noted: yields the list they are put into. In other threads than the main one it does nothing."
     noted = list(overdue)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
-    old = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    def note(signum, frame):
+        if not noted and signum != signal.SIGALRM: os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves\n".encode())     # at once, since a step may take long
+        noted.append(signum)
+    old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     try: yield noted
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
@@ -341,7 +346,7 @@ class Checkpoints(Callback):
         if signum or due: self.save("last.pt", epoch=self.epoch)
         if signum: raise Stopped(signum, self.out/"last.pt")
 
-    def after_epoch(self): self.save("last.pt", *(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), epoch=self.epoch + 1)
+    def after_epoch(self): self.save(*(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), "last.pt", epoch=self.epoch + 1)     # last.pt knows the best accuracy: a crash between the two must not leave it alone
 
 # %% ../nbs/16_pretrain.ipynb #d0cad703
 @patch
@@ -461,8 +466,9 @@ def open_pair(
     size:int, # pixels, of generated images
     strict:bool, # stop at an unreadable image
 )->tuple: # training and validation images; the latter None if there are none
-    "The training images and, for the monitor, the validation ones."
+    "The training images and, for the monitor, the validation ones. Raises `UserError`."
     if isinstance(data, ImageSet): return data, None
+    if not isinstance(data, (str, Path)): raise UserError(f"data is a {type(data).__name__}: give a folder, 'scenes', 'imagenette', or a set such as lewel.data.MemorySet(images, labels)")
     train = open_data(data, "train", size, strict)
     known = str(data) in ("scenes", "imagenette")
     return train, open_data(data, "val", size, strict) if known or has_split(data, "val") else None
@@ -562,15 +568,29 @@ def held_output(
             with suppress(OSError): out.rmdir()   # nothing was written
             lock.close()
 
+# %% ../nbs/16_pretrain.ipynb #f3829524
+def check_space(
+    out:Path, # folder of the run, which is there
+    method:Method, # to be trained
+):
+    "Raises `UserError`, in all processes, if the first one has no room for the run's checkpoints."
+    def refusal():
+        size = lambda tensors: sum(t.numel()*t.element_size() for t in tensors)
+        need = 3*(size(method.state_dict().values()) + size(p for p in method.parameters() if p.requires_grad))       # the optimizer has a momentum for each
+        room = shutil.disk_usage(out).free + sum(f.stat().st_size for f in (out/"last.pt", out/"best.pt") if f.exists())
+        return f"{out} has room for {room/1e6:,.0f} MB, and the checkpoints take up to {need/1e6:,.0f}: free some space, or choose another output folder" if room < need else None
+    if refused := from_first_rank(refusal): raise UserError(refused)
+
 # %% ../nbs/16_pretrain.ipynb #23ce975f
 def describe(
     learn:Pretraining, # about to train
 )->str: # one line
     "What a training found, and what it is going to do."
     images, r, monitor = learn.loader.images, learn.recipe, getattr(learn, "monitor", None)
-    found = f"{images.name}: {len(images):,} images, " + (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels")
+    found = f"{images.name}: {len(images):,} images{', read from files' if hasattr(images, 'root') else ''}, " + (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels")
     judged = f"kNN monitor: {len(monitor.sets[1]):,} images of {monitor.sets[1].name}" if monitor else "no kNN monitor"
-    return f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, {r.batch_size} images each, {r.size} px, on {learn.dls.device} | {judged}"
+    if monitor and monitor.sets[1].name == images.name: judged += ", left out of its memory (there is no validation part)"
+    return f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, {r.batch_size} images each, {r.size} px, lr {r.lr:g}, on {learn.dls.device} | {judged}"
 
 # %% ../nbs/16_pretrain.ipynb #28c242dd
 def train(
@@ -584,7 +604,12 @@ def train(
     check_same("the step to go on from", step)
     if progress != "none": print(f"{learn.recipe.method} seed {learn.recipe.seed} | {describe(learn)}", flush=True)
     if step and progress == "lines": print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
-    if learn.first_epoch < learn.recipe.epochs: learn.fit(learn.recipe.epochs)
+    if learn.first_epoch == learn.recipe.epochs: return
+    try: learn.fit(learn.recipe.epochs)
+    except UserError as e:                 # an image that could not be read, with `strict`; in several processes only one may know of it
+        if world()[1] > 1 or learn.step == step: raise
+        learn.checkpoints.save("last.pt", epoch=learn.epoch)
+        raise UserError(f"{e}; the {learn.step} steps before it are saved in {last}") from e
 
 # %% ../nbs/16_pretrain.ipynb #707200d2
 def compile_networks(
@@ -626,12 +651,15 @@ def pretrain(
     with process_group(device):
         first = world()[0] == 0
         if not first: progress = "none"
+        if backbone is not None: recipe = recipe.changed(backbone=own_name(backbone))
         method = prepare_method(recipe, backbone)
         builds_on = [start_from(method, start)] if start else []
         with first_alone(): images, val = open_pair(data, recipe.size, strict)
         check_same("images", fingerprint := images.fingerprint())
         done = finished(out, recipe, fingerprint, builds_on)
-        if (record := from_first_rank(lambda: done)) is not None: return record
+        if (record := from_first_rank(lambda: done)) is not None:
+            if progress != "none": print(f"{record['id']} is finished: {out}/record.json", flush=True)
+            return record
         method = method.distribute(device).to(device, memory_format=torch.channels_last)
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
@@ -641,6 +669,7 @@ def pretrain(
             callbacks = [Steps(), precision, Curve(log_every, progress == "lines"), Checkpoints(out, fingerprint, signals, precision, save_every), *([Monitor(sets, monitor_every)] if sets else []),
                          *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else []), *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
+            check_space(out, method)
             train(learn, progress)
         return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale, builds_on, compile)))
 

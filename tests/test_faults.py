@@ -22,7 +22,7 @@ def all_finite(value):
 def position(out): return (state := load_checkpoint(out/"last.pt"))["epoch"], state["step"]
 def step_of(out, steps_per_epoch): return (p := position(out))[0]*steps_per_epoch + p[1]
 def errors(err): return [line for line in err.splitlines() if not line.startswith("lewel: ")]      # what is not a warning
-def leftovers(out): return [p.name for p in out.iterdir() if p.suffix == ".tmp"]
+def leftovers(out): return [p.name for p in out.glob("*.tmp")]
 
 def spawn(*argv):
     "lewel-pretrain in a process of its own."
@@ -215,11 +215,21 @@ def test_unreadable_images_are_skipped(sizes, workers, tmp_path, train):
 @pytest.mark.parametrize("name", ["cut.jpg", "text.jpg"])
 @pytest.mark.parametrize("sizes, workers", PATHS.values(), ids=PATHS)
 def test_strict_stops_at_an_unreadable_image(sizes, workers, name, tmp_path, train):
-    "One line that names it, exit code 2, nothing saved."
-    data = broken(tmp_path/"data", sizes, [name])
-    done = train(data, tmp_path/"out", "--batch-size", 1 + 18//6, "--workers", workers, "--strict")
-    assert done.code == 2 and done.err.count("\n") == 1 and done.err.startswith("lewel-pretrain: error: ") and name in done.err, done
-    assert not (tmp_path/"out/last.pt").exists() and not (tmp_path/"out/record.json").exists()
+    "One line that names it, exit code 2; the steps before it, if there were any, are saved."
+    data, out = broken(tmp_path/"data", sizes, [name]), tmp_path/"out"
+    done = train(data, out, "--batch-size", 1 + 18//6, "--workers", workers, "--strict")
+    assert done.code == 2 and len(said := errors(done.err)) == 1 and said[0].startswith("lewel-pretrain: error: ") and name in said[0], done
+    assert (out/"last.pt").exists() == ("steps before it are saved" in done.err) and not (out/"record.json").exists()
+
+def test_strict_keeps_the_steps_before(tmp_path, train):
+    "The same command meets the image again at once; without --strict it goes on, to the weights of a run that never was strict."
+    data, out = broken(tmp_path/"data", PATHS["streamed"][0], ["cut.jpg"]), tmp_path/"out"
+    more = "--batch-size", 2, "--workers", 0
+    assert train(data, tmp_path/"whole", *more).code == 0
+    first, again = train(data, out, *more, "--strict"), train(data, out, *more, "--strict")
+    assert first.code == 2 and f"steps before it are saved in {out}/last.pt" in first.err and position(out)[1] > 0
+    assert again.code == 2 and "saved" not in again.err and "005cut.jpg" in again.err
+    assert train(data, out, *more).code == 0 and same(weights(out), weights(tmp_path/"whole"))
 
 def test_skipped_images_survive_a_resume(tmp_path, train, callbacks):
     "An image found broken before the stop is in the record, also if no step after it meets it."
@@ -302,19 +312,23 @@ def test_file_size_limit(share, half, whole, flat, train):
     check_full_disk(done, half, before)
     assert train(flat, half).code == 0 and same(weights(half), whole)
 
-def test_full_file_system(half, whole, flat, tmp_path, train):
-    "The same on a file system with room for one checkpoint and a half."
+def test_full_file_system(half, whole, flat, tmp_path, train, callbacks):
+    "Too little room is refused before the first step; a disk that fills up later costs what was not saved."
     before, disk = (half/"last.pt").read_bytes(), tmp_path/"disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={len(before)*3//2}", "tmpfs", disk], capture_output=True).returncode: pytest.skip("mounting a small file system is not allowed here")
     try:
         out = shutil.copytree(half, disk/"out")
-        check_full_disk(train(flat, out), out, before)
+        done = train(flat, out)
+        assert done.code == 2 and "has room for" in done.err and len(errors(done.err)) == 1 and (out/"last.pt").read_bytes() == before
         subprocess.run(["mount", "-o", f"remount,size={len(before)*9}", disk], check=True)
+        callbacks(Act(2, lambda learn: (disk/"filler").write_bytes(bytes(shutil.disk_usage(disk).free - len(before)//2))))
+        check_full_disk(train(flat, out), out, before)
+        callbacks(); (disk/"filler").unlink()
         assert train(flat, out).code == 0 and same(weights(out), whole)
     finally: subprocess.run(["umount", disk], check=True)
 
-@pytest.mark.parametrize("name", ["curve.csv", "record.json", "best.pt"])
+@pytest.mark.parametrize("name", ["curve.csv", "record.json", "best.pt", "last.pt"])
 def test_write_that_fails(name, labelled, tmp_path, train, monkeypatch):
     "No space left for one of the other files: one line, exit code 1, and the same command finishes the run."
     replace = os.replace
@@ -325,7 +339,22 @@ def test_write_that_fails(name, labelled, tmp_path, train, monkeypatch):
     done = train(labelled, tmp_path/"out")
     assert done.code == 1 and len(errors(done.err)) == 1 and "No space left" in done.err and not leftovers(tmp_path/"out")
     monkeypatch.setattr(os, "replace", replace)
-    assert train(labelled, tmp_path/"out").code == 0 and read_record(tmp_path/"out")["metrics"]["monitor_knn_top1"] >= 0
+    assert train(labelled, tmp_path/"out").code == 0
+    assert load_checkpoint(tmp_path/"out/best.pt")["best"] == read_record(tmp_path/"out")["metrics"]["monitor_knn_top1_best"]
+
+def test_best_checkpoint_survives_a_failure_between_the_two(labelled, tmp_path, train, monkeypatch):
+    "Whichever epoch fails to write whichever file: at the end best.pt is there, and the one that the record speaks of."
+    replace = os.replace
+    for name in "best.pt", "last.pt":
+        for epoch in 1, 2, 3:
+            out, left = tmp_path/f"{name}{epoch}", [epoch]
+            def full(old, new):
+                if str(new).endswith(name): left[0] -= 1
+                if not left[0]: left[0] = -1; raise OSError(28, "No space left on device", str(new))
+                return replace(old, new)
+            monkeypatch.setattr(os, "replace", full)
+            codes = [train(labelled, out, "--epochs", 4).code for _ in range(2)]
+            assert codes[-1] == 0 and load_checkpoint(out/"best.pt")["best"] == read_record(out)["metrics"]["monitor_knn_top1_best"], (name, epoch, codes)
 
 def test_output_folder_that_cannot_be_written(flat, tmp_path, train, monkeypatch):
     "Refused before the first step, not after the first epoch."

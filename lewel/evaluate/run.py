@@ -204,6 +204,7 @@ def evaluate(
     record = describe(info, info.get("backbone", backbone or "resnet50"), size, settings, scale, sets)
     identity = run_id(record)
     if (out/"record.json").exists() and read_record(out)["id"] == identity: return read_record(out)
+    for train, test in sets.values(): print(f"{info['method']} seed {info['seed']} | {len(train):,} images of {train.name} to learn from, {len(test):,} of {test.name} to judge by", flush=True)
     forget_peak_memory(device)
     with held_output(out): partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, workers)
     skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
