@@ -655,7 +655,6 @@ def bench(
     check_least(size=(size, 32), repeats=(repeats, 1), batch_size=(batch_size, 2), workers=(workers, 1))
     shapes, map_size = bench_shapes(backbone, size, batch_size, dims)
     if device.type == "cpu": keep_freed_memory()
-    if device.index: torch.cuda.set_device(device)
     torch.manual_seed(0)
     seconds = time_parts(backbone, size, shapes, repeats, device, dims, precision, workers, compile)
     env["versions"] |= {p: installed(p) for p in ("lightly", "timm")}

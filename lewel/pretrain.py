@@ -142,10 +142,11 @@ class Precision(Callback):
 
     def before_step(self):
         if not self.scaler.is_enabled(): return
-        scale = self.scaler.get_scale()
+        self.learn.skipped_step = True                           # unless the optimizer is called; to ask for the scale would wait for the device
+        called = self.opt.opt.register_step_post_hook(lambda *args: setattr(self.learn, "skipped_step", False))
         self.scaler.step(self.opt.opt)
+        called.remove()
         self.scaler.update()
-        self.learn.skipped_step = self.scaler.get_scale() < scale
         raise CancelStepException()                              # the scaler has made the step
 
 # %% ../nbs/16_pretrain.ipynb #fe1c4bae
@@ -191,7 +192,7 @@ def flush(self:Curve):
 def diagnostics(self:Curve):
     "Numbers of the last batch: see `lewel.diagnostics`."
     z, _, maps = self.pred.online
-    return {k: v.item() for k, v in measure(z.detach(), None if maps is None else maps.detach().mT.unsqueeze(-1)).items()}
+    return {k: v.item() for k, v in measure(z.detach().cpu(), None if maps is None else maps.detach().mT.unsqueeze(-1)).items()}
 
 @patch
 def warn_of_symptoms(self:Curve):
@@ -395,6 +396,7 @@ def pick_device(
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: torch.zeros(1, device=device)
     except Exception as e: raise UserError(f"device {device!r} is not available here ({str(e).splitlines()[0]}); use 'auto' or 'cpu'") from e
+    if torch.device(device).index: torch.cuda.set_device(device)      # else some memory of the first GPU would be taken too
     return torch.device(device)
 
 def peak_memory_mb(
