@@ -51,9 +51,10 @@ class Stopwatch:
     def between(self, a, b): return a[1].elapsed_time(b[1])/1000 if self.cuda else b[1] - a[1]
 
     def seconds(self)->dict: # lap -> seconds
-        "The laps by name, and `total`."
+        "The laps by name, added up where a name comes again, and `total`."
         if self.cuda: torch.cuda.synchronize()
-        laps = {b[0]: self.between(a, b) for a, b in itertools.pairwise(self.marks)}
+        laps = {}
+        for a, b in itertools.pairwise(self.marks): laps[b[0]] = laps.get(b[0], 0) + self.between(a, b)
         return laps | dict(total=self.between(self.marks[0], self.marks[-1]))
 
 # %% ../nbs/29_bench.ipynb #c9d0e0d5
@@ -62,15 +63,15 @@ def side_by_side(
     repeats:int, # how often each is timed
     device:torch.device, # where they work
     warmup:int=1, # repetitions before that
-)->dict: # name -> {phase: median seconds}, with "total"
+    calls:int=1, # of a contestant in a repetition
+)->dict: # name -> {phase: median seconds of a call}, with "total"
     "Let contestants take turns."
     samples = {name: [] for name in contestants}
     for repeat in range(-warmup, repeats):
         for name, run in contestants.items():
             watch = Stopwatch(device)
-            run(watch)
-            watch.mark("rest")
-            if repeat >= 0: samples[name].append(watch.seconds())
+            for _ in range(calls): run(watch); watch.mark("rest")
+            if repeat >= 0: samples[name].append({phase: s/calls for phase, s in watch.seconds().items()})
     return {name: {phase: float(np.median([s[phase] for s in taken])) for phase in taken[0]} for name, taken in samples.items()}
 
 # %% ../nbs/29_bench.ipynb #bef7fd9f
@@ -270,7 +271,7 @@ def time_steps(
 )->dict: # see `side_by_side`
     "The times of `step_contestants`."
     contestants = step_contestants(backbone, images, size, shapes, device, options, precision, compile)
-    return side_by_side(contestants, repeats, device, warmup=3 if device.type == "cuda" else 1)
+    return side_by_side(contestants, repeats, device, *((3, 4) if device.type == "cuda" else (1, 1)))
 
 # %% ../nbs/29_bench.ipynb #b0cd44ff
 def installed(
@@ -334,7 +335,7 @@ def time_lightly(
 )->dict: # see `side_by_side`
     "The times of `lightly_contestants`."
     contestants = lightly_contestants(backbone, views, device, options, precision)
-    return side_by_side(contestants, repeats, device, warmup=3 if device.type == "cuda" else 1)
+    return side_by_side(contestants, repeats, device, *((3, 4) if device.type == "cuda" else (1, 1)))
 
 # %% ../nbs/29_bench.ipynb #d4208515
 @torch.no_grad()
@@ -461,14 +462,15 @@ def time_files(
     repeats:int, # how often each is timed
     device:torch.device, # where the views go
 )->dict: # as `side_by_side`, the time of one batch
-    "Two views of every image of a batch, from files."
+    "Two views of every image of a batch, from files, at most 128 at a time."
+    part = min(batch_size, 128)
     ahead, count, recipes = 2*workers + 1, 4*workers, byol_views(size)
-    images = photos.subset(torch.arange((ahead + count)*batch_size) % len(photos))
-    ours, pairs = ViewLoader(images, recipes, batch_size, 0, device, workers), TwoViews(images, [torchvision_pipeline(r) for r in recipes])
-    theirs = DataLoader(pairs, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    images = photos.subset(torch.arange((ahead + count)*part) % len(photos))
+    ours, pairs = ViewLoader(images, recipes, part, 0, device, workers), TwoViews(images, [torchvision_pipeline(r) for r in recipes])
+    theirs = DataLoader(pairs, part, num_workers=workers, pin_memory=device.type == "cuda")
     contestants = {name: drain(loader, device, ahead, count) for name, loader in (("lewel", ours), ("torchvision", theirs))}
     times = side_by_side(contestants, repeats, device, warmup=0)
-    return {name: dict(total=phases["timed"]/count) for name, phases in times.items()}
+    return {name: dict(total=phases["timed"]/count*batch_size/part) for name, phases in times.items()}
 
 # %% ../nbs/29_bench.ipynb #403c78a2
 TITLES = dict( # part -> its title
