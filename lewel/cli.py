@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Help', 'Parser', 'first_process', 'run_command', 'add_recipe_options', 'recipe_from', 'add_budget', 'add_dry_run',
-           'check_given', 'pretrain_parser', 'logger_callbacks', 'dry_pretrain', 'dry_evaluate', 'pretrain_command',
-           'evaluate_command', 'export_command', 'bench_command']
+           'check_given', 'pretrain_parser', 'logger_callbacks', 'dry_pretrain', 'dry_evaluate', 'pretrain_summary',
+           'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
 
 # %% ../nbs/30_cli.ipynb #30e0d530
 import warnings
-warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)   # said by a library's import to its developers, not to users of a command
+# said by a library's import to its developers, not to users of a command
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)
 
 # %% ../nbs/30_cli.ipynb #d0e56f0b
 import argparse, os, sys
@@ -22,7 +23,8 @@ from .paper import Recipe, get_recipe, recipes
 # %% ../nbs/30_cli.ipynb #005c3496
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     "Defaults are shown where they say something: a switch is off, and an option without a value has none."
-    def _get_help_string(self, action): return action.help if str(action.default) in ("None", "False", "[]") else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        return action.help if str(action.default) in ("None", "False", "[]") else super()._get_help_string(action)
 
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors on one line."
@@ -46,7 +48,8 @@ def run_command(
     except UserError as e: code, message = 2, e
     except Stopped as e: code, message = e.exit_code, e
     except (NonFiniteLoss, OSError) as e: code, message = 1, e
-    if first_process() or not isinstance(message, (Stopped, NonFiniteLoss)): print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
+    together = isinstance(message, (Stopped, NonFiniteLoss))         # what all processes of torchrun meet at once
+    if first_process() or not together: print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
 # %% ../nbs/30_cli.ipynb #0cef8f6e
@@ -59,30 +62,37 @@ def add_recipe_options(
     for f in fields(Recipe):
         if f.name in without: continue
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{docs[f.name]} (default: the scale's{', in proportion to --batch-size' if f.name == 'lr' else ''})".replace("%", "%%"), **kind)
+        default = "the scale's, in proportion to --batch-size" if f.name == "lr" else "the scale's"
+        says = f"{docs[f.name]} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=says, **kind)
 
 def recipe_from(
     args, # parsed arguments of lewel-pretrain
 )->Recipe: # what they ask for
     "The scale's recipe with the changes of the command line; the learning rate follows the batch size unless it is given."
     base = get_recipe(args.method, args.scale)
-    changes = {f.name: getattr(args, f.name) for f in fields(Recipe) if f.name not in ("method", "options", "view_options") and hasattr(args, f.name)}
+    given = [f.name for f in fields(Recipe) if f.name not in ("method", "options", "view_options") and hasattr(args, f.name)]
+    changes = {name: getattr(args, name) for name in given}
     if "lr" not in changes and "batch_size" in changes: changes["lr"] = base.lr*changes["batch_size"]/base.batch_size
-    return base.changed(options=base.options | dict(parse_option(o) for o in args.option), view_options=base.view_options | dict(parse_option(o) for o in args.view_option), **changes)
+    options, view_options = (dict(parse_option(o) for o in given) for given in (args.option, args.view_option))
+    return base.changed(options=base.options | options, view_options=base.view_options | view_options, **changes)
 
 # %% ../nbs/30_cli.ipynb #1e6f1b3a
 def add_budget(
     parser:Parser, # changed in place
 ):
     "The option of a time budget."
-    parser.add_argument("--max-minutes", type=float, default=0., help="save and stop after so many minutes, with exit code 142; the same command goes on from there; 0: no limit")
+    parser.add_argument("--max-minutes", type=float, default=0.,
+        help="save and stop after so many minutes, with exit code 142; the same command goes on from there; 0: no limit")
 
 def add_dry_run(
     parser:Parser, # changed in place
     batch:str, # the default of --dry-batch, for the help
 ):
     "The options of a dry run."
-    parser.add_argument("--dry-run", action="store_true", help="take two steps at full size on synthetic data and print parameters, multiply-adds, memory, time and what the whole run will cost; needs neither data nor output folder")
+    parser.add_argument("--dry-run", action="store_true",
+        help="take two steps at full size on synthetic data and print parameters, multiply-adds, memory, time and what the whole run will cost; "
+             "needs neither data nor output folder")
     parser.add_argument("--dry-batch", type=int, default=None, help=f"images in a step of a dry run; by default {batch}")
 
 def check_given(
@@ -91,34 +101,46 @@ def check_given(
 ):
     "Raises `UserError` naming what is missing."
     missing = [n for n in names if getattr(args, n) is None]
-    if missing and not args.dry_run: raise UserError(f"missing: {', '.join(n.upper() if n == 'start' else f'--{n}' for n in missing)} (only --dry-run does without)")
+    shown = ", ".join(n.upper() if n == "start" else f"--{n}" for n in missing)
+    if missing and not args.dry_run: raise UserError(f"missing: {shown} (only --dry-run does without)")
     if args.dry_batch is not None and not args.dry_run: raise UserError("--dry-batch is for --dry-run")
 
 # %% ../nbs/30_cli.ipynb #99dc0ed0
 def pretrain_parser()->Parser:
     "Options of lewel-pretrain."
-    p = Parser(prog="lewel-pretrain", description="Pretrain a method on a folder of images, with or without class folders. Called again with the same arguments it goes on where it stopped.")
-    p.add_argument("--data", help="folder of images (train/ and val/ are found, class folders optional), 'imagenette' (downloaded) or 'scenes' (embedded)")
+    p = Parser(prog="lewel-pretrain",
+        description="Pretrain a method on a folder of images, with or without class folders. "
+                    "Called again with the same arguments it goes on where it stopped.")
+    p.add_argument("--data",
+        help="folder of images (train/ and val/ are found, class folders optional), 'imagenette' (downloaded) or 'scenes' (embedded)")
     p.add_argument("--out", help="folder of the run: last.pt, best.pt, curve.csv, record.json")
     p.add_argument("--method", default="lewel_b", help="mocov2, lewel_m, byol or lewel_b; at the paper's scale also lewel_b_syncbn")
     p.add_argument("--scale", default="imagenette", help=f"where defaults come from: {', '.join(recipes)}")
-    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method, e.g. groups=8 or global_weight=0.3; may be repeated (all: lewel.methods.method_defaults)")
-    p.add_argument("--view-option", action="append", default=[], metavar="NAME=VALUE", help="setting of both views, e.g. flip=0 or area=0.5,1; may be repeated (all: lewel.views.ViewRecipe)")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+        help="option of the method, e.g. groups=8 or global_weight=0.3; may be repeated (all: lewel.methods.method_defaults)")
+    p.add_argument("--view-option", action="append", default=[], metavar="NAME=VALUE",
+        help="setting of both views, e.g. flip=0 or area=0.5,1; may be repeated (all: lewel.views.ViewRecipe)")
     add_recipe_options(p)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images when they are streamed from files")
     p.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of skipping it")
-    p.add_argument("--accumulate", type=int, default=1, help="parts in which a batch goes through the network, one after the other, to save memory")
-    p.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute at the beginning, and on a GPU perhaps faster steps; results differ by rounding")
+    p.add_argument("--accumulate", type=int, default=1,
+        help="parts in which a batch goes through the network, one after the other, to save memory")
+    p.add_argument("--compile", action="store_true",
+        help="torch.compile both networks: a minute at the beginning, and on a GPU perhaps faster steps; results differ by rounding")
     add_dry_run(p, "the recipe's, but at most 8 on the CPU and 128 on a GPU")
-    p.add_argument("--start", default=None, metavar="FILE", help="weights to start from: the authors' checkpoint (LEWEL_B, whole), or a backbone in any format that lewel-evaluate reads")
+    p.add_argument("--start", default=None, metavar="FILE",
+        help="weights to start from: the authors' checkpoint (LEWEL_B, whole), or a backbone in any format that lewel-evaluate reads")
     add_budget(p)
     p.add_argument("--log-every", type=int, default=10, help="steps between rows of curve.csv")
-    p.add_argument("--save-every", type=int, default=None, help="steps between checkpoints, beside those at the end of an epoch and every five minutes")
+    p.add_argument("--save-every", type=int, default=None,
+        help="steps between checkpoints, beside those at the end of an epoch and every five minutes")
     p.add_argument("--monitor-every", type=int, default=1, help="epochs between kNN monitors where there are labels; 0: never")
-    p.add_argument("--snapshots", type=int, default=0, help="at how many moments, from the beginning to the end, the weights are kept, to see later how the maps came about")
+    p.add_argument("--snapshots", type=int, default=0,
+        help="at how many moments, from the beginning to the end, the weights are kept, to see later how the maps came about")
     p.add_argument("--progress", default="auto", help="auto, bars, lines or none")
-    p.add_argument("--logger", default="none", help="none, tensorboard or wandb, through fastai's callbacks (the package must be installed)")
+    p.add_argument("--logger", default="none",
+        help="none, tensorboard or wandb, through fastai's callbacks (the package must be installed)")
     return p
 
 # %% ../nbs/30_cli.ipynb #2b56ec26
@@ -137,7 +159,8 @@ def logger_callbacks(
             from fastai.callback.wandb import WandbCallback
             wandb.init(project="lewel", dir=str(out))
             return [WandbCallback(log_preds=False, log_model=False)]
-    except ImportError as e: raise UserError(f"--logger {name} needs a package that is not installed ({e}): pip install {name}") from e
+    except ImportError as e:
+        raise UserError(f"--logger {name} needs a package that is not installed ({e}): pip install {name}") from e
     return []
 
 # %% ../nbs/30_cli.ipynb #5da170e2
@@ -149,8 +172,9 @@ def dry_pretrain(
     from lewel.cost import IMAGES, cost_report, method_cost
     from lewel.pretrain import open_pair
     images = len(open_pair(args.data, recipe.size, args.strict)[0]) if args.data else IMAGES[args.scale]
-    title = f"dry run: {recipe.method}, {recipe.backbone}, {recipe.size} px, {recipe.epochs} epochs of {images:,} images ({args.data or f'scale {args.scale}'})"
-    return cost_report(title, method_cost(recipe, args.device, batch=args.dry_batch, images=images, accumulate=args.accumulate, compile=args.compile))
+    run = f"{recipe.epochs} epochs of {images:,} images ({args.data or f'scale {args.scale}'})"
+    cost = method_cost(recipe, args.device, batch=args.dry_batch, images=images, accumulate=args.accumulate, compile=args.compile)
+    return cost_report(f"dry run: {recipe.method}, {recipe.backbone}, {recipe.size} px, {run}", cost)
 
 def dry_evaluate(
     args, # parsed arguments of lewel-evaluate
@@ -161,9 +185,21 @@ def dry_evaluate(
     if len(names) > 1: names = [n for n in names if n != "knn"]          # which trains nothing
     for n in names: check_choice("protocol of a dry run", n, trainings)
     backbone, size = args.backbone or base.backbone, args.size or base.size
-    return "\n".join(cost_report(f"dry run: {n}, preset {args.preset}, {backbone}", protocol_cost(n, args.preset, backbone, size, args.device, batch=args.dry_batch or 2)) for n in names)
+    cost = lambda n: protocol_cost(n, args.preset, backbone, size, args.device, batch=args.dry_batch or 2)
+    return "\n".join(cost_report(f"dry run: {n}, preset {args.preset}, {backbone}", cost(n)) for n in names)
 
 # %% ../nbs/30_cli.ipynb #bdb65372
+def pretrain_summary(
+    record:dict, # of a pretraining
+)->str: # one line
+    "What lewel-pretrain says at the end."
+    m, skipped = record["metrics"], len(record["data"]["skipped"])
+    parts = [f"loss {m['loss']:.3f}"]
+    if "monitor_knn_top1" in m: parts.append(f"kNN monitor {m['monitor_knn_top1']:.1f}%")
+    parts.append(f"{record['images_per_second']:.0f} images/s")
+    if skipped: parts.append(f"{skipped} unreadable image{'s' * (skipped > 1)} skipped")
+    return f"{record['id']}: {', '.join(parts)}"
+
 def pretrain_command(argv=None):
     "lewel-pretrain"
     from lewel.pretrain import pretrain, time_budget
@@ -172,12 +208,11 @@ def pretrain_command(argv=None):
         recipe = recipe_from(a)
         if a.dry_run: return print(dry_pretrain(recipe, a))
         time_budget(a.max_minutes)
-        record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, a.snapshots, scale=a.scale if a.data in ("scenes", "imagenette") else "custom", start=a.start,
-                          progress=a.progress, cbs=logger_callbacks(a.logger if first_process() else "none", a.out), accumulate=a.accumulate, compile=a.compile)
-        if not first_process(): return
-        m, skipped = record["metrics"], record["data"]["skipped"]
-        print(f"{record['id']}: loss {m['loss']:.3f}" + (f", kNN monitor {m['monitor_knn_top1']:.1f}%" if "monitor_knn_top1" in m else "") + f", {record['images_per_second']:.0f} images/s"
-              + (f", {len(skipped)} unreadable image{'s' * (len(skipped) > 1)} skipped" if skipped else "") + f"; {a.out}/record.json")
+        scale = a.scale if a.data in ("scenes", "imagenette") else "custom"
+        record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, a.snapshots,
+                          scale=scale, start=a.start, progress=a.progress, cbs=logger_callbacks(a.logger if first_process() else "none", a.out),
+                          accumulate=a.accumulate, compile=a.compile)
+        if first_process(): print(f"{pretrain_summary(record)}; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 
 # %% ../nbs/30_cli.ipynb #a9b291f6
@@ -185,12 +220,19 @@ def evaluate_command(argv=None):
     "lewel-evaluate"
     from lewel.evaluate.run import evaluate, protocols
     from lewel.pretrain import time_budget
-    p = Parser(prog="lewel-evaluate", description="Evaluate a pretrained backbone and write a record. Called again with the same arguments it goes on where it stopped.")
-    p.add_argument("start", metavar="START", nargs="?", help="folder of a finished run; a checkpoint of any run (RUN/last.pt, RUN/best.pt); a weight file (an exported backbone, a torchvision state dict, the authors' checkpoint, safetensors); or 'random'")
-    p.add_argument("--data", help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
+    p = Parser(prog="lewel-evaluate",
+        description="Evaluate a pretrained backbone and write a record. Called again with the same arguments it goes on where it stopped.")
+    p.add_argument("start", metavar="START", nargs="?",
+        help="folder of a finished run; a checkpoint of any run (RUN/last.pt, RUN/best.pt); a weight file (an exported backbone, "
+             "a torchvision state dict, the authors' checkpoint, safetensors); or 'random'")
+    p.add_argument("--data",
+        help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation "
+             "one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
     p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(protocols)}")
     p.add_argument("--preset", default="imagenette", help="settings of the protocols: smoke, demo, imagenette or paper (the authors')")
-    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the protocols to change, e.g. lr=0.04, epochs=20 or milestones=12,16; may be repeated (all: the classes LinearProtocol, DetectionProtocol, ... in lewel.evaluate)")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+        help="setting of the protocols to change, e.g. lr=0.04, epochs=20 or milestones=12,16; may be repeated (all: the classes "
+             "LinearProtocol, DetectionProtocol, ... in lewel.evaluate)")
     p.add_argument("--out", default=None, help="folder for the record (default: START/evaluation if START is a run)")
     p.add_argument("--backbone", default=None, help="architecture that a weight file or 'random' is for (default: resnet50)")
     p.add_argument("--size", type=int, default=None, help="pixels, for knn, linear and semi (default: the run's, or 224)")
@@ -205,8 +247,10 @@ def evaluate_command(argv=None):
         if a.dry_run and a.option: raise UserError("--option is not for --dry-run, which counts the presets as they are")
         if a.dry_run: return print(dry_evaluate(a))
         time_budget(a.max_minutes)
-        record = evaluate(a.start, a.data, a.out, a.protocol.split(","), a.preset, a.backbone, a.size, a.seed, a.device, a.strict, workers=a.workers, options=dict(parse_option(o) for o in a.option))
-        print(f"{record['id']}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None) + f"; {a.out or Path(a.start)/'evaluation'}/record.json")
+        record = evaluate(a.start, a.data, a.out, a.protocol.split(","), a.preset, a.backbone, a.size, a.seed, a.device, a.strict,
+                          workers=a.workers, options=dict(parse_option(o) for o in a.option))
+        metrics = ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None)
+        print(f"{record['id']}: {metrics}; {a.out or Path(a.start)/'evaluation'}/record.json")
     return run_command(p, action, argv)
 
 # %% ../nbs/30_cli.ipynb #500925b7
@@ -216,7 +260,9 @@ def export_command(argv=None):
     p = Parser(prog="lewel-export", description="Write a run's backbone for another library.")
     p.add_argument("run", help="folder of a finished run, or a checkpoint of any run (RUN/last.pt, RUN/best.pt)")
     p.add_argument("--format", default="torchvision", help=f"for which library: {', '.join(export_formats)}")
-    p.add_argument("--out", default=None, help="file to write (default: RUN/backbone-FORMAT, of a checkpoint RUN/last-FORMAT or RUN/best-FORMAT, with the suffix that the library expects)")
+    p.add_argument("--out", default=None,
+        help="file to write (default: RUN/backbone-FORMAT, of a checkpoint RUN/last-FORMAT or RUN/best-FORMAT, with the suffix "
+             "that the library expects)")
     def action(a): print(export_backbone(a.run, a.out, a.format))
     return run_command(p, action, argv)
 
@@ -224,7 +270,8 @@ def export_command(argv=None):
 def bench_command(argv=None):
     "lewel-bench"
     from lewel.bench import bench
-    p = Parser(prog="lewel-bench", description="Time the training step by phase, against its own bound and other libraries, side by side in one run.")
+    p = Parser(prog="lewel-bench",
+        description="Time the training step by phase, against its own bound and other libraries, side by side in one run.")
     p.add_argument("--backbone", default="resnet18", help="torchvision ResNet")
     p.add_argument("--size", type=int, default=64, help="side of the views, pixels")
     p.add_argument("--batch-size", type=int, default=64, help="images in a step")
@@ -234,4 +281,6 @@ def bench_command(argv=None):
     p.add_argument("--precision", default="float32", help="of the forward passes: float32 or bfloat16")
     p.add_argument("--workers", type=int, default=None, help="processes that decode JPEG files; by default as many as there are cores")
     p.add_argument("--compile", action="store_true", help="time the steps with torch.compile, too")
-    return run_command(p, lambda a: bench(a.backbone, a.size, a.batch_size, a.repeats, a.device, a.out, precision=a.precision, workers=a.workers, compile=a.compile), argv)
+    def action(a):
+        bench(a.backbone, a.size, a.batch_size, a.repeats, a.device, a.out, precision=a.precision, workers=a.workers, compile=a.compile)
+    return run_command(p, action, argv)

@@ -7,11 +7,11 @@ __all__ = ['head_parts', 'official_parts', 'detectron2_parts', 'exporters', 'exp
            'read_weights', 'check_tensors', 'is_checkpoint', 'state_tensors', 'load_official', 'optional',
            'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone', 'run_backbone',
            'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name', 'torch_file', 'detectron2_file',
-           'safetensors_file', 'export_backbone', 'fits_torchvision', 'bullets', 'commit_words', 'model_card',
-           'checkpoint_card']
+           'safetensors_file', 'fits_torchvision', 'check_place', 'export_backbone', 'bullets', 'commit_words',
+           'model_card', 'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
-import hashlib, importlib, pickle
+import errno, hashlib, importlib, os, pickle, tempfile
 from pathlib import Path
 import torch
 from torch import nn
@@ -31,7 +31,8 @@ def official_names(
     names = {}
     for ours in method.state_dict():
         theirs = ours
-        for a, b in (official_parts if "backbone." in ours else official_parts | head_parts).items(): theirs = theirs.replace(a, b)
+        parts = official_parts if "backbone." in ours else official_parts | head_parts
+        for a, b in parts.items(): theirs = theirs.replace(a, b)
         if ours != "updates": names[theirs] = ours
     return names
 
@@ -44,18 +45,22 @@ def read_weights(
     if not Path(path).is_file(): raise UserError(f"no weight file at {path}")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        reason = "it holds more than tensors and plain values, is damaged, or is no weight file at all" if isinstance(e, pickle.UnpicklingError) else (str(e) or type(e).__name__).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        if isinstance(e, pickle.UnpicklingError): reason = "it holds more than tensors and plain values, is damaged, or is no weight file at all"
         raise UserError(f"{path} is not a weight file that can be read safely ({reason})") from e
 
+# %% ../nbs/10_interop.ipynb #ced45ad3
 def check_tensors(
     found:dict, # name -> tensor
     expected:dict, # name -> tensor of the right shape
     problem:str, # begins the message
 ):
-    "Raise `UserError` naming the tensors that are missing, left over or misshapen, if there are any."
+    "Raise `UserError` naming the tensors that are missing, left over or misshapen, five at most, if there are any."
     wrong = [f"missing {k}" for k in expected if k not in found] + [f"left over {k}" for k in found if k not in expected]
-    wrong += [f"{k} has shape {tuple(found[k].shape)}, expected {tuple(t.shape)}" for k, t in expected.items() if k in found and found[k].shape != t.shape]
-    if wrong: raise UserError(f"{problem}: {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
+    misshapen = [k for k in expected if k in found and found[k].shape != expected[k].shape]
+    wrong += [f"{k} has shape {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}" for k in misshapen]
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    if wrong: raise UserError(f"{problem}: {'; '.join(wrong[:5])}{more}")
 
 # %% ../nbs/10_interop.ipynb #75e7c4eb
 def is_checkpoint(
@@ -65,13 +70,14 @@ def is_checkpoint(
     return isinstance(content, dict) and {"format", "recipe", "method"} <= content.keys()
 
 def state_tensors(
-    content, # what a weight file holds: a state dict, a dict with one under "state_dict", or a checkpoint of ours, of which the online network is taken
+    content, # of a weight file: a state dict, a dict with one under "state_dict", or a checkpoint of ours, of which the online network is taken
     what="the weights", # how a message calls it
 )->dict: # name -> tensor, names without data parallel's "module."
     "The state dict in a file's content. Raises `UserError` if there is none."
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if is_checkpoint(state): state = {k.removeprefix("online."): v for k, v in state["method"].items() if k.startswith("online.")}
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())): raise UserError(f"{what} holds no state dict: expected names and tensors, as `model.state_dict()` gives them")
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise UserError(f"{what} holds no state dict: expected names and tensors, as `model.state_dict()` gives them")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 # %% ../nbs/10_interop.ipynb #c15f6b90
@@ -79,7 +85,7 @@ def load_official(
     method:nn.Module, # a LEWEL_B method of the checkpoint's backbone and sizes; changed in place
     checkpoint, # path of the authors' checkpoint, the dict in it, or its state dict
 )->nn.Module: # `method`
-    "Load the authors' checkpoint, with or without `module.` before its names. Raises `UserError` naming every tensor that is missing, left over or misshapen."
+    "Load the authors' checkpoint, with or without `module.` before its names. Raises `UserError` naming tensors that do not fit."
     state = state_tensors(read_weights(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint, "the checkpoint")
     state = {k: v.squeeze(-1) if v.ndim == 3 else v for k, v in state.items()}                    # matrices, from 1-D convolutions
     names, own = official_names(method), method.state_dict()
@@ -120,10 +126,11 @@ def weights_fingerprint(
 # %% ../nbs/10_interop.ipynb #55c863cd
 def fill_backbone(
     backbone:nn.Module, # changed in place
-    path, # weight file
+    content, # of a weight file
+    path, # that file, for the message
 )->nn.Module: # `backbone`
-    "Set all of a backbone's tensors from a file. Raises `UserError` naming those that are missing, left over or misshapen."
-    state = state_tensors(read_tensors(path), path)
+    "Set all of a backbone's tensors from a file's content. Raises `UserError` naming those that are missing, left over or misshapen."
+    state = state_tensors(content, path)
     for part in "online_net.backbone.", "backbone.":        # the authors' name, and ours
         if any(k.startswith(part) for k in state): state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
     own = backbone.state_dict()
@@ -133,22 +140,26 @@ def fill_backbone(
     backbone.load_state_dict(state)
     return backbone
 
+# %% ../nbs/10_interop.ipynb #c4aeb393
 def load_backbone(
     start, # folder of a finished run, a checkpoint of any run, a weight file, or "random"
     backbone=None, # name or module (filled in place) that a file or "random" is for; resnet50 by default; a run knows its own
     seed:int=0, # of "random", and of whatever is drawn later on
 )->tuple: # (backbone, dict: method, seed, size or None, builds_on; for a file also its name and fingerprint; for a checkpoint also its epochs)
     "A backbone to evaluate, in evaluation mode, and what a record should say about it. Raises `UserError`."
-    info = dict(seed=seed, size=None, builds_on=[])
-    if Path(start).is_dir(): return run_backbone(start, backbone)
-    if str(start) != "random" and not Path(start).is_file(): raise UserError(f"nothing to start from at {start}: give the folder of a finished run, a weight file, or 'random'")
-    if str(start) != "random" and is_checkpoint(read_tensors(start)): return run_backbone(start, backbone)
+    info, file, content = dict(seed=seed, size=None, builds_on=[]), Path(start), None
+    if file.is_dir(): return run_backbone(start, backbone)
+    if str(start) != "random":
+        if not file.is_file():
+            raise UserError(f"nothing to start from at {start}: give the folder of a finished run, a weight file, or 'random'")
+        content = read_tensors(start)
+        if is_checkpoint(content): return run_backbone(start, backbone)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = create_backbone("resnet50" if backbone is None else backbone).eval()
-    if str(start) == "random": return net, dict(method="random", **info)
-    fill_backbone(net, start)
-    return net, dict(method="file", file=Path(start).name, fingerprint=weights_fingerprint(net), **info)
+    if content is None: return net, dict(method="random", **info)
+    fill_backbone(net, content, start)
+    return net, dict(method="file", file=file.name, fingerprint=weights_fingerprint(net), **info)
 
 # %% ../nbs/10_interop.ipynb #60da5ab6
 def run_backbone(
@@ -161,10 +172,12 @@ def run_backbone(
     run, module = Path(run), backbone if isinstance(backbone, nn.Module) else None
     if (run/"backbone.pth").exists() and not (run/"last.pt").exists(): return supervised_backbone(run)
     method, recipe, found = load_run(run, module) if run.is_dir() else load_method(run, module)
-    if isinstance(backbone, str) and backbone != recipe.backbone: raise UserError(f"the run in {run} has the backbone {recipe.backbone}, not {backbone}: leave the backbone out")
-    origin = (dict(method=found["method"], builds_on=[found["id"]]) if run.is_dir() else
-              dict(method=recipe_name(recipe), builds_on=[], file=run.name, epochs=epochs_done(found), fingerprint=weights_fingerprint(method.backbone)))
-    return method.backbone, dict(backbone=recipe.backbone, seed=recipe.seed, size=recipe.size) | origin
+    if isinstance(backbone, str) and backbone != recipe.backbone:
+        raise UserError(f"the run in {run} has the backbone {recipe.backbone}, not {backbone}: leave the backbone out")
+    info = dict(backbone=recipe.backbone, seed=recipe.seed, size=recipe.size)
+    if run.is_dir(): return method.backbone, info | dict(method=found["method"], builds_on=[found["id"]])
+    origin = dict(file=run.name, epochs=epochs_done(found), fingerprint=weights_fingerprint(method.backbone))
+    return method.backbone, info | dict(method=recipe_name(recipe), builds_on=[]) | origin
 
 def epochs_done(
     checkpoint:dict, # from `load_checkpoint`
@@ -177,9 +190,10 @@ def supervised_backbone(
 )->tuple: # as `run_backbone`
     "The backbone of a network that was trained with labels. Raises `UserError`."
     from lewel.results import read_record
-    record = read_record(run)
-    r = record["recipe"]
-    return fill_backbone(create_backbone(r["backbone"]).eval(), Path(run)/"backbone.pth"), dict(method=record["method"], backbone=r["backbone"], seed=record["seed"], size=r["size"], builds_on=[record["id"]])
+    record, file = read_record(run), Path(run)/"backbone.pth"
+    recipe = record["recipe"]
+    net = fill_backbone(create_backbone(recipe["backbone"]).eval(), read_weights(file), file)
+    return net, dict(method=record["method"], backbone=recipe["backbone"], seed=record["seed"], size=recipe["size"], builds_on=[record["id"]])
 
 # %% ../nbs/10_interop.ipynb #1ba5833b
 def start_from(
@@ -187,15 +201,17 @@ def start_from(
     path, # weight file
 )->str: # what a record says: the file's name and the fingerprint of its backbone
     "Set the weights that pretraining starts from. Raises `UserError` for a file that does not fit."
-    state = state_tensors(read_tensors(path), path)
+    content = read_tensors(path)
+    state = state_tensors(content, path)
     if any("neck." in k for k in state) and hasattr(method.aligned_criterion, "predictor"): load_official(method, state)
     else:
-        fill_backbone(method.backbone, path)
+        fill_backbone(method.backbone, content, path)
         method.target.load_state_dict(method.online.state_dict())
     return f"{Path(path).name} {weights_fingerprint(method.backbone)}"
 
 # %% ../nbs/10_interop.ipynb #d681fa28
-detectron2_parts = {f"layer{i}.": f"res{i + 1}." for i in range(1, 5)} | {f"bn{i}.": f"conv{i}.norm." for i in range(1, 4)} | {"downsample.0.": "shortcut.", "downsample.1.": "shortcut.norm."}
+detectron2_parts = {f"layer{i}.": f"res{i + 1}." for i in range(1, 5)} | {f"bn{i}.": f"conv{i}.norm." for i in range(1, 4)}
+detectron2_parts |= {"downsample.0.": "shortcut.", "downsample.1.": "shortcut.norm."}
 
 def detectron2_name(
     name:str, # torchvision's, e.g. layer1.0.bn2.bias
@@ -205,6 +221,7 @@ def detectron2_name(
     for a, b in detectron2_parts.items(): name = name.replace(a, b)
     return stem + name
 
+# %% ../nbs/10_interop.ipynb #06a4a12c
 def torch_file(
     state:dict, # names and tensors of the backbone, torchvision's
 ): # a function that, called with an open binary file, writes into it
@@ -224,25 +241,12 @@ def safetensors_file(
     "As safetensors loads it."
     return optional("safetensors.torch").save(state, {"format": "pt"})
 
-exporters = dict(torchvision=(".pth", torch_file), timm=(".pth", torch_file), detectron2=(".pkl", detectron2_file), safetensors=(".safetensors", safetensors_file))
+exporters = dict( # format -> (suffix, what makes the content)
+    torchvision=(".pth", torch_file), timm=(".pth", torch_file),
+    detectron2=(".pkl", detectron2_file), safetensors=(".safetensors", safetensors_file))
 export_formats = tuple(exporters)
 
-# %% ../nbs/10_interop.ipynb #e9b9c683
-def export_backbone(
-    method, # folder of a finished run, a checkpoint of any run, a method (see `lewel.methods`), or its backbone; of one of torchvision's ResNets unless it goes to safetensors
-    path=None, # the file to write; in a run's folder by default, named after the checkpoint if that is given
-    format:str="torchvision", # the library it is for, one of `export_formats`
-)->Path: # the file
-    "Write the online backbone's weights for another library; those of a run with a model card beside them. Raises `UserError` for a backbone that this library does not have."
-    suffix, content = exporters[check_choice("format", format, export_formats)]
-    run = Path(method) if isinstance(method, (str, Path)) else None
-    if run: path, method = path or (run if run.is_dir() else run.parent)/f"{'backbone' if run.is_dir() else run.stem}-{format}{suffix}", run_backbone(run)[0]
-    state = {k: v.detach().cpu().contiguous() for k, v in getattr(method, "backbone", method).state_dict().items()}
-    if format != "safetensors" and not any(fits_torchvision(name, state) for name in resnets):
-        raise UserError(f"this backbone is none of torchvision's ({', '.join(resnets)}), so it cannot be exported as {format}; safetensors takes any")
-    if run: atomic_write(Path(path).with_suffix(".md"), (model_card if run.is_dir() else checkpoint_card)(run, Path(path).name, format))
-    return atomic_write(path, content(state))
-
+# %% ../nbs/10_interop.ipynb #c146adf8
 def fits_torchvision(
     name:str, # one of `resnets`
     state:dict, # a backbone's state dict
@@ -250,6 +254,36 @@ def fits_torchvision(
     "Whether a state dict is that of torchvision's model of this name."
     with torch.device("meta"): expected = getattr(models, name)(weights=None).state_dict()
     return {k: v.shape for k, v in expected.items() if not k.startswith("fc.")} == {k: v.shape for k, v in state.items()}
+
+# %% ../nbs/10_interop.ipynb #4e224371
+def check_place(
+    path, # of a file to be written
+):
+    "Raises `UserError` if no file can be written there."
+    try:
+        if Path(path).is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=next(p for p in Path(path).absolute().parents if p.exists())): pass
+    except OSError as e:
+        raise UserError(f"no file can be written at {path} ({e.strerror}): name a file in a folder that can be written to") from e
+
+# %% ../nbs/10_interop.ipynb #e9b9c683
+def export_backbone(
+    method, # folder of a finished run, a checkpoint, a method (see `lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
+    path=None, # the file to write; in a run's folder by default, named after the checkpoint if that is given
+    format:str="torchvision", # the library it is for, one of `export_formats`
+)->Path: # the file
+    "Write the online backbone's weights for another library; those of a run with a model card beside them. Raises `UserError`."
+    suffix, content = exporters[check_choice("format", format, export_formats)]
+    run = Path(method) if isinstance(method, (str, Path)) else None
+    if run and not path: path = run/f"backbone-{format}{suffix}" if run.is_dir() else run.parent/f"{run.stem}-{format}{suffix}"
+    check_place(path)
+    if run: method = run_backbone(run)[0]
+    state = {k: v.detach().cpu().contiguous() for k, v in getattr(method, "backbone", method).state_dict().items()}
+    if format != "safetensors" and not any(fits_torchvision(name, state) for name in resnets):
+        known = ", ".join(resnets)
+        raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; safetensors takes any")
+    if run: atomic_write(Path(path).with_suffix(".md"), (model_card if run.is_dir() else checkpoint_card)(run, Path(path).name, format))
+    return atomic_write(path, content(state))
 
 # %% ../nbs/10_interop.ipynb #3e3350ee
 input_form = "shown to it in RGB, normalized with ImageNet's mean and standard deviation"
@@ -267,6 +301,7 @@ def commit_words(
     if not git: return "an installed package, whose commit is not known"
     return f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}"
 
+# %% ../nbs/10_interop.ipynb #7f8998db
 def model_card(
     run, # folder of a finished run
     file:str, # name of the weight file
@@ -275,12 +310,15 @@ def model_card(
     "What a weight file holds and how it came about: recipe, data, numbers, commit."
     from lewel.results import read_record, read_records
     r = read_record(run)
+    data, hardware, labels = r["data"], r["hardware"], "" if r["method"] == "supervised" else " without labels"
     judged = [e for e in read_records(run) if e["kind"] == "evaluation"]
-    lines = [f"# {file}", f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, pretrained with {r['method']}" + ("." if r["method"] == "supervised" else " without labels."), "## Data",
-             f"{r['data']['name']}, {r['data']['n']} images, fingerprint {r['data']['fingerprint']}, {input_form}.", "## Recipe", bullets(r["recipe"]), "## Numbers", bullets(r["metrics"])]
+    lines = [f"# {file}", f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, pretrained with {r['method']}{labels}.",
+             "## Data", f"{data['name']}, {data['n']} images, fingerprint {data['fingerprint']}, {input_form}.",
+             "## Recipe", bullets(r["recipe"]), "## Numbers", bullets(r["metrics"])]
     for e in judged: lines += [f"Evaluation `{e['id']}` on {e['data']['name']}, percent:", bullets(e["metrics"])]
     if not judged: lines.append("It has not been evaluated.")
-    lines += ["## Origin", f"{r['created']}, {r['seconds']:.0f} s on {r['hardware']['device']} ({r['hardware']['cpu']}); {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {commit_words(r['git'])}."]
+    made, versions = f"{r['created']}, {r['seconds']:.0f} s", ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    lines += ["## Origin", f"{made} on {hardware['device']} ({hardware['cpu']}); {versions}; {commit_words(r['git'])}."]
     return "\n\n".join(lines) + "\n"
 
 # %% ../nbs/10_interop.ipynb #9cd08b42
@@ -293,5 +331,9 @@ def checkpoint_card(
     from lewel.checkpoint import load_checkpoint
     state = load_checkpoint(path)
     recipe, last = state["recipe"], dict(state["curve"][-1]) if state.get("curve") else {}
-    return "\n\n".join([f"# {file}", f"The backbone in the checkpoint {Path(path).name}, for {format}: {recipe['backbone']}, pretrained with {recipe['method']} without labels for {epochs_done(state):.1f} of {recipe['epochs']} epochs.",
-                        "## Data", f"{state.get('images') or 'Images'}, fingerprint {state.get('data')}, {input_form}.", "## Recipe", bullets(recipe), "## Numbers at that point", bullets(last), "## Origin", f"lewel {state['version']}, {commit_words(state.get('git'))}."]) + "\n"
+    origin, done = f"The backbone in the checkpoint {Path(path).name}, for {format}", f"{epochs_done(state):.1f} of {recipe['epochs']} epochs"
+    return "\n\n".join([
+        f"# {file}", f"{origin}: {recipe['backbone']}, pretrained with {recipe['method']} without labels for {done}.",
+        "## Data", f"{state.get('images') or 'Images'}, fingerprint {state.get('data')}, {input_form}.",
+        "## Recipe", bullets(recipe), "## Numbers at that point", bullets(last),
+        "## Origin", f"lewel {state['version']}, {commit_words(state.get('git'))}."]) + "\n"

@@ -131,6 +131,14 @@ def test_export_refuses(finished, tmp_path, run):
     refused(run("export", tmp_path/"none", "--out", file), "export", tmp_path/"none")
     assert not file.exists()
 
+def test_export_refuses_an_impossible_place(finished, tmp_path, run, monkeypatch):
+    "A folder, a file as a folder, a name that is too long: one line that names the place, before the run is read, and nothing made."
+    (tmp_path/"file").write_text("text")
+    monkeypatch.setattr(torch, "load", lambda *a, **kw: pytest.fail("the run was read"))
+    for place in tmp_path, tmp_path/"file"/"x.safetensors", tmp_path/"file"/"deeper"/"x.safetensors", tmp_path/("x"*300):
+        refused(run("export", finished, "--format", "safetensors", "--out", place), "export", f"no file can be written at {place} (", "name a file in a folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path/"file").read_text() == "text"
+
 @pytest.fixture
 def notebook(tmp_path):
     "A notebook with one cell of parameters."

@@ -28,6 +28,17 @@ def test_impossible_parameters_are_refused_before_a_kernel_starts(tmp_path, wron
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not (tmp_path/"copy.ipynb").exists()
 
+@pytest.mark.parametrize("argv", [[], ["experiments/pretrain.ipynb"], ["experiments/pretrain.ipynb", "copy.ipynb", "--needs", "run"], ["a.ipynb", "b.ipynb", "mark", "run"]])
+def test_run_says_how_it_is_used(argv):
+    "One line, not a traceback, where places are missing or too many."
+    code, out, err = call(sys.executable, "experiments/run.py", *argv, *(["seed=0"] if argv else []))
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and "usage: run.py NOTEBOOK EXECUTED-COPY" in err
+
+def test_a_job_without_its_folder_is_refused(tmp_path):
+    code, _, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", tmp_path/"mark", "seed=0")
+    assert code == 2 and "needs the parameter out" in err and len(err.splitlines()) == 1
+    assert not (tmp_path/"mark").exists()
+
 def test_a_second_reproduction_is_refused():
     with only_one(root/"results"/"smoke"): code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, LEWEL_SCALE="smoke")
     assert code == 2 and err.startswith("error: another reproduction is at work") and len(err.splitlines()) == 1
