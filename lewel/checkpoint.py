@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
+from . import __version__
 from .backbones import own_name
 from .core import UserError, atomic_write
 from .interop import read_weights
-from .methods import Method, create_method
+from .methods import create_method
 from .paper import Recipe
+from .results import read_record
 
 # %% ../nbs/14_checkpoint.ipynb #0db6f702
 def rng_state(
@@ -51,22 +53,24 @@ def save_checkpoint(
     **more, # plain values to keep: curve, seconds, ...
 )->Path: # `path`
     "Write a checkpoint atomically."
-    from lewel import __version__
-    state = dict(format=format_version, version=__version__, recipe=asdict(recipe), epoch=epoch, step=step, method=method.state_dict(), optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict(), rng=rng_state(), **more)
+    state = dict(format=format_version, version=__version__, recipe=asdict(recipe), epoch=epoch, step=step, method=method.state_dict(),
+                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng_state(), **more)
     return atomic_write(path, lambda f: torch.save(state, f))
 
+# %% ../nbs/14_checkpoint.ipynb #1639e709
 def load_checkpoint(
     path, # file that `save_checkpoint` wrote
 )->dict: # with the keys named there, on the CPU
     "Read a checkpoint. Raises `UserError` if it is not one, or of a format of the future."
     state = read_weights(path)
     if not isinstance(state, dict) or "format" not in state: raise UserError(f"{path} is not a lewel checkpoint")
-    if state["format"] > format_version: raise UserError(f"{path} was written by lewel {state['version']}; install that version or a later one to read it")
+    if state["format"] > format_version:
+        raise UserError(f"{path} was written by lewel {state['version']}; install that version or a later one to read it")
     missing = [k for k in ("recipe", "epoch", "step", "method", "optimizer", "scaler", "rng") if k not in state]
     if missing: raise UserError(f"{path} is not a whole lewel checkpoint: {', '.join(missing)} missing; train again in another folder")
     return state
 
+# %% ../nbs/14_checkpoint.ipynb #bba08523
 def restore(
     state:dict, # from `load_checkpoint`
     method:torch.nn.Module, # changed in place
@@ -86,16 +90,16 @@ def check_same_recipe(
     new:Recipe, # recipe asked for
 ):
     "Raises `UserError` naming every setting that differs."
-    new = asdict(new)
-    changed = [f"{k}: {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]
-    if changed: raise UserError(f"{path} was started with another recipe ({'; '.join(changed)}); use the same settings to resume, or another output folder")
+    changed = "; ".join(f"{k}: {old.get(k)!r} -> {v!r}" for k, v in asdict(new).items() if old.get(k) != v)
+    if changed:
+        raise UserError(f"{path} was started with another recipe ({changed}); use the same settings to resume, or another output folder")
 
 # %% ../nbs/14_checkpoint.ipynb #b66fd7a6
 def load_method(
     path, # a checkpoint
     backbone=None, # the module it was trained with, if it was not one that the recipe names
 )->tuple: # (method in evaluation mode, recipe, what `load_checkpoint` gives)
-    "The method in a checkpoint. Raises `UserError` if it is none."
+    "The method in a checkpoint. Raises `UserError` if there is none."
     state = load_checkpoint(path)
     recipe = Recipe(**state["recipe"])
     if backbone is not None and recipe.backbone.startswith("own:") and own_name(backbone) != recipe.backbone: raise UserError(f"{path} was trained with the backbone {recipe.backbone}, not {own_name(backbone)}: give the module of that class and shape")
@@ -103,13 +107,15 @@ def load_method(
     method.load_state_dict(state["method"])
     return method.eval(), recipe, state
 
+# %% ../nbs/14_checkpoint.ipynb #9f2cc3ba
 def load_run(
     run, # folder of a run
     backbone=None, # the module it was trained with, if it was not one that the recipe names
 )->tuple: # (method, recipe, record)
     "Load a finished run. Raises `UserError` if there is none."
-    from lewel.results import read_record
     run = Path(run)
-    for name, remedy in ("last.pt", "train it with lewel-pretrain"), ("record.json", f"it has not finished: call lewel-pretrain again with the same settings, or take its weights as they are from {run/'last.pt'}"):
+    remedies = {"last.pt": "train it with lewel-pretrain", "record.json": "it has not finished: call lewel-pretrain again "
+                f"with the same settings, or take its weights as they are from {run/'last.pt'}"}
+    for name, remedy in remedies.items():
         if not (run/name).exists(): raise UserError(f"no finished run at {run}: {name} is missing; {remedy}")
     return *load_method(run/"last.pt", backbone)[:2], read_record(run)

@@ -16,7 +16,7 @@ from .core import UserError
 def feature_std(
     z:torch.Tensor, # N x d embeddings, any scale
 )->torch.Tensor: # scalar in [0, 1]
-    "Standard deviation over the batch of l2-normalized embeddings, averaged over dimensions, times sqrt(d): 1 if isotropic, 0 if collapsed. No device sync."
+    "Standard deviation of l2-normalized embeddings, averaged over dimensions, times sqrt(d): 1 if isotropic, 0 if collapsed. No device sync."
     return F.normalize(z.float(), dim=1).std(0, correction=0).mean()*z.shape[1]**0.5
 
 # %% ../nbs/11_diagnostics.ipynb #c817a250
@@ -31,7 +31,7 @@ def mean_cosine(
 def effective_rank(
     z:torch.Tensor, # N x d embeddings
 )->torch.Tensor: # scalar from 1 to min(N - 1, d)
-    "Exponential of the entropy of the normalized singular values of centered embeddings (Roy & Vetterli 2007). On CUDA the SVD itself waits for the device."
+    "Effective rank of the centered embeddings (Roy & Vetterli 2007). On CUDA the SVD itself waits for the device."
     z = z.float()
     s = torch.linalg.svdvals(z - z.mean(0))
     s = s*(s > 10*torch.finfo(z.dtype).eps*z.norm())
@@ -41,9 +41,11 @@ def effective_rank(
 def map_entropy(
     maps:torch.Tensor, # B x d x h x w, each map sums to 1 over its h*w > 1 positions
 )->torch.Tensor: # scalar in [0, 1]
-    "Mean entropy of alignment maps over their positions, relative to the uniform map's: 1 if uniform, 0 if on one pixel. No device sync. Raises `UserError` for 1 x 1 maps."
+    "Mean entropy of maps relative to the uniform map's: 1 if uniform, 0 if on one pixel. No device sync. Raises `UserError` for 1 x 1 maps."
     h, w = maps.shape[-2:]
-    if h*w == 1: raise UserError("alignment maps have a single position, so there is nothing to choose between: use larger images or a backbone with a smaller stride")
+    if h*w == 1:
+        raise UserError("alignment maps have a single position, so there is nothing to choose between: "
+                        "use larger images or a backbone with a smaller stride")
     return torch.special.entr(maps.float()).sum((-2, -1)).mean()/math.log(h*w)
 
 # %% ../nbs/11_diagnostics.ipynb #ae903205
@@ -61,22 +63,28 @@ MIN_STD = 0.1 # complete collapse below
 MAX_COSINE = 0.99 # complete collapse above
 MIN_RANK = 3. # dimensional collapse below
 UNIFORM_ENTROPY = 0.9999 # maps select nothing above
-PIXEL_ENTROPY = 0.1 # maps stare at a pixel below
+PIXEL_ENTROPY = 0.1 # maps look at one pixel below
+
+_cure = "raise the target momentum, lengthen the warm-up or lower the learning rate, and see that the heads have BatchNorm"
+_checks = [ # (name, whether a value is wrong, what to say)
+    ("feature_std", lambda v: v < MIN_STD,
+     f"complete collapse: feature std {{:.3f}} (1 is healthy), images get nearly equal embeddings; {_cure}"),
+    ("mean_cosine", lambda v: v > MAX_COSINE,
+     f"complete collapse: mean cosine {{:.4f}} between different images (near 0 is healthy); {_cure}"),
+    ("effective_rank", lambda v: v < MIN_RANK,
+     "dimensional collapse: effective rank {:.1f}, embeddings use hardly any dimensions; "
+     "use a larger batch or queue, stronger augmentation, a lower learning rate"),
+    ("map_entropy", lambda v: v > UNIFORM_ENTROPY,
+     "alignment maps are uniform: entropy {:.5f} (1 is average pooling), they select nothing; "
+     "train longer, or lower scale so that maps can be sharper"),
+    ("map_entropy", lambda v: v < PIXEL_ENTROPY,
+     "alignment maps are degenerate: entropy {:.3f} (0 is one pixel); raise scale, or lower the learning rate")]
 
 def diagnose(
     stats:dict, # names of `measure` (and any others) to numbers; absent ones are not judged
 )->list: # one-line warnings, empty if all is well
     "Name what is wrong with a run, with the number and what to try."
-    bad = [k for k, v in stats.items() if not math.isfinite(v)]
-    out = [f"{k} is {float(stats[k])}: training has diverged; go back to the last checkpoint with a lower learning rate or a longer warm-up" for k in bad]
-    def check(key, wrong, message):
-        if key in stats and key not in bad and wrong(float(stats[key])): out.append(message.format(float(stats[key])))
-    cure = "raise the target momentum, lengthen the warm-up or lower the learning rate, and see that the heads have BatchNorm"
-    check("feature_std", lambda v: v < MIN_STD, f"complete collapse: feature std {{:.3f}} (1 is healthy), images get nearly equal embeddings; {cure}")
-    check("mean_cosine", lambda v: v > MAX_COSINE, f"complete collapse: mean cosine {{:.4f}} between different images (near 0 is healthy); {cure}")
-    check("effective_rank", lambda v: v < MIN_RANK, "dimensional collapse: effective rank {:.1f}, embeddings use hardly any dimensions; "
-          "use a larger batch or queue, stronger augmentation, a lower learning rate")
-    check("map_entropy", lambda v: v > UNIFORM_ENTROPY, "alignment maps are uniform: entropy {:.5f} (1 is average pooling), they select nothing; "
-          "train longer, or lower scale so that maps can be sharper")
-    check("map_entropy", lambda v: v < PIXEL_ENTROPY, "alignment maps are degenerate: entropy {:.3f} (0 is one pixel); raise scale, or lower the learning rate")
-    return out
+    finite = {k: float(v) for k, v in stats.items() if math.isfinite(v)}
+    cure = "training has diverged; go back to the last checkpoint with a lower learning rate or a longer warm-up"
+    diverged = [f"{k} is {float(v)}: {cure}" for k, v in stats.items() if k not in finite]
+    return diverged + [message.format(finite[k]) for k, wrong, message in _checks if k in finite and wrong(finite[k])]

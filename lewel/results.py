@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPER', 'PAIRS', 'OVER_RANDOM', 'git_state',
-           'code_state', 'cpu_model', 'environment', 'run_id', 'check_keys', 'plain', 'write_record', 'read_record',
-           'read_records', 'write_curve', 'read_curve', 'summarize', 'add_missing', 'make_table', 'compare_with_anchor',
-           'judged_on', 'compare_records', 'paired_interval', 'gain_table', 'conclude', 'ablated_runs',
-           'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
+           'code_state', 'cpu_model', 'environment', 'plain', 'check_keys', 'run_id', 'write_record', 'read_record',
+           'read_records', 'write_curve', 'read_curve', 'mean_std', 'summarize', 'add_published', 'add_missing',
+           'make_table', 'compare_with_anchor', 'judged_on', 'compare_records', 'paired_interval', 'gain_table',
+           'conclude', 'ablated_runs', 'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -29,20 +29,26 @@ def git_state(
     folder=Path(lewel.__file__).parent, # folder of source files
 )->dict|None: # commit and dirty flag; None if git does not track the folder's files
     "The commit that `folder` is checked out from, and whether its Python files differ from it."
-    def git(*args): return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py"))) if git("ls-files", "--", "*.py") else None
+    def git(*args):
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        if not git("ls-files", "--", "*.py"): return None
+        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py")))
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/13_results.ipynb #8f8ee0b4
+# %% ../nbs/13_results.ipynb #4e52287f
 @cache
 def code_state()->dict|None: # see `git_state`
     "The state of this package's files when it was first asked for: what this process has loaded, whatever has become of the files since."
     return git_state()
 
+# %% ../nbs/13_results.ipynb #8f8ee0b4
 def cpu_model()->str: # such as "Intel(R) Xeon(R) CPU @ 2.20GHz"
     "Name of the processor, as far as the system tells."
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 def environment(
@@ -50,32 +56,12 @@ def environment(
 )->dict: # git, versions, hardware, created
     "What a record says about code and machine: the same for all runs of one process, but for the time."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = dict(python=platform.python_version(), lewel=lewel.__version__, torch=str(torch.__version__), **{p: version(p) for p in ("torchvision", "fastai", "numpy")})
-    return dict(git=code_state(), versions=versions,
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = dict(python=platform.python_version(), lewel=lewel.__version__, torch=str(torch.__version__))
+    return dict(git=code_state(), versions=versions | {p: version(p) for p in ("torchvision", "fastai", "numpy")},
                 hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-
-# %% ../nbs/13_results.ipynb #dd8bbb7d
-IDENTITY = "kind", "scale", "method", "recipe", "seed", "builds_on"
-
-def run_id(
-    record:dict, # with the keys of `IDENTITY`, and data["fingerprint"]
-)->str: # such as "lewel_b-s0-3f2a9c"
-    "Id of a run: method, seed, and six hex digits of a hash of all that decides its result. Raises `UserError` if some of that is missing."
-    check_keys(record, (*IDENTITY, "data"))
-    identity = {k: record[k] for k in IDENTITY} | dict(data=record["data"].get("fingerprint"))
-    digest = hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()
-    return f"{record['method']}-s{record['seed']}-{digest[:6]}"
-
-def check_keys(
-    record:dict, # a record
-    keys, # that it must have
-):
-    "Raise `UserError` naming the first missing key."
-    for k in keys:
-        if k not in record: raise UserError(f"record of {record.get('method', 'a run')!r} has no {k!r}: add it before writing")
 
 # %% ../nbs/13_results.ipynb #eb840206
 def plain(
@@ -85,13 +71,34 @@ def plain(
     "What JSON can hold, with null for NaN and infinity; raises `UserError` naming anything else."
     if isinstance(value, dict): return {str(k): plain(v, f"{key}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [plain(v, key) for v in value]
-    if hasattr(value, "item") and getattr(value, "size", None) in (1, None) or torch.is_tensor(value) and value.numel() == 1: value = value.item()
+    if math.prod(getattr(value, "shape", (0,))) == 1: value = value.item()      # arrays and tensors of one number
     if isinstance(value, float): return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, bool, int)): return value
     raise UserError(f"{key} is a {type(value).__name__}, which a record cannot hold: use numbers, strings, lists and dicts")
 
+# %% ../nbs/13_results.ipynb #dd8bbb7d
+IDENTITY = "kind", "scale", "method", "recipe", "seed", "builds_on"
+
+def check_keys(
+    record:dict, # a record
+    keys, # that it must have
+):
+    "Raise `UserError` naming the first missing key."
+    for k in keys:
+        if k not in record: raise UserError(f"record of {record.get('method', 'a run')!r} has no {k!r}: add it before writing")
+
+def run_id(
+    record:dict, # with the keys of `IDENTITY`, and data["fingerprint"]
+)->str: # such as "lewel_b-s0-3f2a9c"
+    "Id of a run: method, seed, and six hex digits of a hash of all that decides its result. Raises `UserError` if some of that is missing."
+    check_keys(record, (*IDENTITY, "data"))
+    check_keys(record["data"], ["fingerprint"])
+    identity = {k: record[k] for k in IDENTITY} | dict(data=record["data"]["fingerprint"])
+    digest = hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()
+    return f"{record['method']}-s{record['seed']}-{digest[:6]}"
+
 # %% ../nbs/13_results.ipynb #8204bb28
-REQUIRED = "kind", "id", "scale", "method", "seed", "recipe", "metrics", "git", "versions", "hardware", "data", "seconds", "builds_on", "created"
+REQUIRED = (*IDENTITY, "id", "metrics", "git", "versions", "hardware", "data", "seconds", "created")
 REQUIRED_PRETRAIN = "images_per_second", "peak_memory_mb"
 
 def write_record(
@@ -101,7 +108,8 @@ def write_record(
     "Write `record.json` atomically, with sorted keys. Raises `UserError` for a missing key or a value that JSON cannot hold."
     check_keys(record, REQUIRED + (REQUIRED_PRETRAIN if record.get("kind") == "pretrain" else ()))
     record = plain(record)
-    atomic_write(Path(folder)/"record.json", json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    atomic_write(Path(folder)/"record.json", text + "\n")
     return record
 
 def read_record(
@@ -127,7 +135,8 @@ def read_records(
     return sorted(records, key=lambda r: r["id"])
 
 # %% ../nbs/13_results.ipynb #71f77b7c
-CURVE = "step", "epoch", "loss", "global_loss", "aligned_loss", "lr", "momentum", "feature_std", "effective_rank", "mean_cosine", "map_entropy"
+CURVE = ("step", "epoch", "loss", "global_loss", "aligned_loss", "lr", "momentum",
+         "feature_std", "effective_rank", "mean_cosine", "map_entropy")
 
 def write_curve(
     folder, # of the run
@@ -136,7 +145,8 @@ def write_curve(
     "Write `curve.csv` atomically: the columns of `CURVE` that occur, then others in the order of their first appearance."
     names = dict.fromkeys(k for row in rows for k in row)
     columns = [c for c in CURVE if c in names] + [c for c in names if c not in CURVE]
-    return atomic_write(Path(folder)/"curve.csv", pd.DataFrame([plain(r) for r in rows], columns=columns).to_csv(index=False, lineterminator="\n"))
+    curve = pd.DataFrame([plain(r) for r in rows], columns=columns)
+    return atomic_write(Path(folder)/"curve.csv", curve.to_csv(index=False, lineterminator="\n"))
 
 def read_curve(
     folder, # of the run
@@ -146,18 +156,35 @@ def read_curve(
     if not path.exists(): raise UserError(f"{path} does not exist: has the run started?")
     return pd.read_csv(path, dtype=str).astype(float)      # Python's own conversion: every digit
 
+# %% ../nbs/13_results.ipynb #0b23c2c8
+def mean_std(
+    values, # one for each seed; None where not measured
+)->tuple: # mean, sample standard deviation; NaN if a value is missing, and the deviation also for a single value
+    "Mean and sample standard deviation (`ddof=1`)."
+    values = pd.Series(values, dtype=float)
+    return values.mean(skipna=False), values.std(ddof=1, skipna=False)
+
+# %% ../nbs/13_results.ipynb #2bef0271
+def _one_per_seed(
+    runs, # records of one method at one scale
+)->list: # sorted by seed
+    "The runs in order of their seeds. Raises `UserError` if two have the same."
+    runs = sorted(runs, key=lambda r: (r["seed"], r["id"]))
+    for a, b in zip(runs, runs[1:]):
+        if a["seed"] == b["seed"]:
+            who = f"{a['method']} at scale {a['scale']}"
+            raise UserError(f"{who} has two runs with seed {a['seed']}, {a['id']} and {b['id']}: keep one of them")
+    return runs
+
 # %% ../nbs/13_results.ipynb #a8a87c07
 def _rank(name, order): return (order.index(name) if name in order else len(order), name)
 
-def _row(scale, method, runs, metrics):
-    "One row of `summarize`: `runs` are sorted by seed."
-    seeds = [r["seed"] for r in runs]
-    for a, b in zip(runs, runs[1:]):
-        if a["seed"] == b["seed"]: raise UserError(f"{method} at scale {scale} has two runs with seed {a['seed']}, {a['id']} and {b['id']}: keep one of them")
-    row = dict(method=method, scale=scale, seeds=" ".join(map(str, seeds)), n=len(runs))
+def _row(runs, metrics):
+    "One row of `summarize`, of all runs of one method at one scale."
+    runs = _one_per_seed(runs)
+    row = dict(method=runs[0]["method"], scale=runs[0]["scale"], seeds=" ".join(str(r["seed"]) for r in runs), n=len(runs))
     for key, label in metrics.items():
-        values = pd.Series([r["metrics"].get(key) for r in runs], dtype=float)
-        row[f"{label} mean"], row[f"{label} std"] = values.mean(skipna=False), values.std(ddof=1, skipna=False)
+        row[f"{label} mean"], row[f"{label} std"] = mean_std([r["metrics"].get(key) for r in runs])
     return row | dict(runs=" ".join(r["id"] for r in runs))
 
 def summarize(
@@ -165,13 +192,14 @@ def summarize(
     metrics:dict, # metric in the records -> label in the table
     kind:str="evaluation", # records of other kinds, and those with none of the metrics, are left out
 )->pd.DataFrame: # method, scale, seeds, n, "LABEL mean" and "LABEL std" for each metric, runs
-    "Mean and sample standard deviation over seeds, a row for each scale and method. Raises `UserError` if a method has two runs with the same seed."
+    "Mean and sample standard deviation over seeds, a row for each scale and method. Raises `UserError` for two runs with the same seed."
     groups = {}
-    for r in sorted(records, key=lambda r: (r["seed"], r["id"])):
-        if r["kind"] == kind and any(r["metrics"].get(m) is not None for m in metrics): groups.setdefault((r["scale"], r["method"]), []).append(r)
+    for r in records:
+        measured = any(r["metrics"].get(m) is not None for m in metrics)
+        if r["kind"] == kind and measured: groups.setdefault((r["scale"], r["method"]), []).append(r)
     order = sorted(groups, key=lambda g: (_rank(g[0], SCALES), _rank(g[1], METHODS)))
-    columns = ["method", "scale", "seeds", "n", *(f"{label} {what}" for label in metrics.values() for what in ("mean", "std")), "runs"]
-    return pd.DataFrame([_row(*g, groups[g], metrics) for g in order], columns=columns)
+    statistics = [f"{label} {what}" for label in metrics.values() for what in ("mean", "std")]
+    return pd.DataFrame([_row(groups[g], metrics) for g in order], columns=["method", "scale", "seeds", "n", *statistics, "runs"])
 
 # %% ../nbs/13_results.ipynb #b5a0620c
 TABLES = dict( # name -> metric in the records -> label
@@ -179,17 +207,35 @@ TABLES = dict( # name -> metric in the records -> label
     semi=dict(semi1_top1="1% top-1", semi1_top5="1% top-5", semi10_top1="10% top-1", semi10_top5="10% top-5"),
     segmentation=dict(miou="mIoU"),
     detection=dict(box_ap="AP", box_ap50="AP50", box_ap75="AP75", voc07_ap50="VOC07 AP50"),
-    instance={f"{form}_{part}_{m}": f"{label}{part} {m.upper()}" for form, label in dict(instance="", instance_2x="2x ", instance_c4="C4 ").items() for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
+    instance={f"{form}_{part}_{m}": f"{label}{part} {m.upper()}"
+              for form, label in dict(instance="", instance_2x="2x ", instance_c4="C4 ").items()
+              for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
 
 PAPER = dict( # table -> metric in the records -> (task, metric) of the published number, see `lewel.paper.published`
-    linear=dict(linear_top1=("ImageNet linear", "top1")), semi=dict(semi1_top1=("ImageNet 1% labels", "top1"), semi10_top1=("ImageNet 10% labels", "top1")),
-    detection=dict(box_ap=("VOC detection", "ap"), box_ap50=("VOC detection", "ap50"), box_ap75=("VOC detection", "ap75")),
-    instance={f"{form}_{k}": (task, k) for form, task in dict(instance="COCO FPN 1x", instance_2x="COCO FPN 2x", instance_c4="COCO C4 1x").items() for k in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")})
+    linear=dict(linear_top1=("ImageNet linear", "top1")),
+    semi=dict(semi1_top1=("ImageNet 1% labels", "top1"), semi10_top1=("ImageNet 10% labels", "top1")),
+    detection={f"box_{m}": ("VOC detection", m) for m in ("ap", "ap50", "ap75")},
+    instance={f"{form}_{part}_{m}": (task, f"{part}_{m}")
+              for form, task in dict(instance="COCO FPN 1x", instance_2x="COCO FPN 2x", instance_c4="COCO C4 1x").items()
+              for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
+
+# %% ../nbs/13_results.ipynb #bc2b102c
+def add_published(
+    table:pd.DataFrame, # from `summarize`, changed in place
+    name:str, # one of `TABLES`
+):
+    "Put the published number beside each metric that has one; at the scale imagenette also that of `imagenette_anchor`, for kNN."
+    def insert(label, kind, values): table.insert(table.columns.get_loc(f"{label} std") + 1, f"{label} {kind}", values)
+    for metric, (task, what) in PAPER.get(name, {}).items():
+        label, values = TABLES[name][metric], table.method.map(lambda m: paper_value(m, task, what)).astype(float)
+        if values.notna().any() and f"{label} std" in table: insert(label, "published", values)
+    if name == "linear" and "imagenette" in set(table.scale):
+        insert("kNN top-1", "anchor", table.method.map(imagenette_anchor.epochs_200).where(table.scale == "imagenette"))
 
 # %% ../nbs/13_results.ipynb #1292a48b
 def add_missing(
-    table:pd.DataFrame, # from `summarize`
-    failures:list, # from `read_failures`
+    table:pd.DataFrame, # from `summarize`, of one scale
+    failures:list, # from `lewel.core.read_failures`
     protocols:tuple, # that the table is about
 )->pd.DataFrame: # with a column "missing" if there is something to say
     "Say which runs failed and why; a method of which every run failed gets a row of its own."
@@ -197,25 +243,25 @@ def add_missing(
     for f in failures:
         if set(f["protocols"].split()) & set(protocols): said.setdefault(f["method"], []).append(f"seed {f['seed']}: {f['reason']}")
     if not said: return table
-    none = [dict(method=m, scale=table.scale.iloc[0] if len(table) else "none", seeds="", n=0, runs="") for m in said if m not in set(table.method)]
-    table = pd.concat([table, pd.DataFrame(none)], ignore_index=True) if none else table
-    return table.assign(missing=table.method.map(lambda m: "; ".join(said.get(m, [])))).sort_values("method", key=lambda column: column.map(lambda m: _rank(m, METHODS)), kind="stable", ignore_index=True)
+    scale = table.scale.iloc[0] if len(table) else "none"
+    lost = [dict(method=m, scale=scale, seeds="", n=0, runs="") for m in said if m not in set(table.method)]
+    if lost: table = pd.concat([table, pd.DataFrame(lost)], ignore_index=True)
+    table = table.assign(missing=["; ".join(said.get(m, [])) for m in table.method])
+    rank = lambda methods: methods.map(lambda m: _rank(m, METHODS))
+    return table.sort_values("method", key=rank, kind="stable", ignore_index=True)
 
 # %% ../nbs/13_results.ipynb #2613ee1e
 def make_table(
     records:list, # of any kind, of one scale; evaluations are picked
     name:str, # one of `TABLES`
-    failures=(), # from `read_failures`
-)->pd.DataFrame: # a row per method, percent; beside a metric the paper's number, where one is published, and at the imagenette scale the anchor's
+    failures=(), # from `lewel.core.read_failures`
+)->pd.DataFrame: # a row per method, percent; see `summarize`, `add_published` and `add_missing` for the columns
     "One of the project's tables."
     metrics = TABLES[check_choice("table", name, TABLES)]
     measured = {m for r in records for m, v in r["metrics"].items() if v is not None}
-    table = summarize(records, {m: label for m, label in metrics.items() if m in measured or not m.startswith(("instance_2x", "instance_c4"))})     # these are not run at every scale
-    for metric, (task, what) in PAPER.get(name, {}).items():
-        values = table.method.map(lambda m: paper_value(m, task, what)).astype(float)
-        if values.notna().any() and f"{metrics[metric]} std" in table: table.insert(table.columns.get_loc(f"{metrics[metric]} std") + 1, f"{metrics[metric]} published", values)
-    if name == "linear" and "imagenette" in set(table.scale):
-        table.insert(table.columns.get_loc("kNN top-1 std") + 1, "kNN top-1 anchor", table.method.map(imagenette_anchor.epochs_200).where(table.scale == "imagenette"))
+    optional = "instance_2x", "instance_c4"
+    table = summarize(records, {m: label for m, label in metrics.items() if m in measured or not m.startswith(optional)})
+    add_published(table, name)
     return add_missing(table, failures, ("knn", "linear") if name == "linear" else (name,))
 
 # %% ../nbs/13_results.ipynb #6262d12b
@@ -224,9 +270,14 @@ def compare_with_anchor(
 )->list: # a sentence for each method that the anchor has
     "How far kNN is from the published accuracy; two points below count as agreement."
     if "kNN top-1 anchor" not in table: return []
-    return [f"{r['method']}, kNN top-1: {r['kNN top-1 mean']:.1f}, lightly's benchmark {r['kNN top-1 anchor']:.1f}: {'within two points of it or above' if r['kNN top-1 mean'] >= r['kNN top-1 anchor'] - 2 else 'more than two points below'}"
-            for _, r in table.dropna(subset=["kNN top-1 anchor", "kNN top-1 mean"]).iterrows()]
+    out = []
+    for r in table.dropna(subset=["kNN top-1 anchor", "kNN top-1 mean"]).to_dict("records"):
+        ours, theirs = r["kNN top-1 mean"], r["kNN top-1 anchor"]
+        verdict = "within two points of it or above" if ours >= theirs - 2 else "more than two points below"
+        out.append(f"{r['method']}, kNN top-1: {ours:.1f}, lightly's benchmark {theirs:.1f}: {verdict}")
+    return out
 
+# %% ../nbs/13_results.ipynb #5b4dba6e
 def judged_on(
     evaluations:list, # records, all on the same images
 )->str: # for a caption
@@ -240,80 +291,104 @@ def compare_records(
     theirs:list, # records, of which those with the same ids are compared
 )->pd.DataFrame: # metric, runs, equal (how many to the last digit), mean difference (ours less theirs), largest difference (absolute)
     "How far the numbers of runs with the same id agree, a row for each metric of evaluations."
-    theirs, differences = {r["id"]: r["metrics"] for r in theirs}, {}
-    for r in ours:
-        for m in (m for metrics in TABLES.values() for m in metrics if r["kind"] == "evaluation"):
-            a, b = r["metrics"].get(m), theirs.get(r["id"], {}).get(m)
-            if a is not None and b is not None: differences.setdefault(m, []).append(a - b)
-    labels = {m: label for metrics in TABLES.values() for m, label in metrics.items()}
-    rows = [(label, pd.Series(differences[m])) for m, label in labels.items() if m in differences]
-    return pd.DataFrame([dict(metric=label, runs=len(d), equal=int((d == 0).sum())) | {"mean difference": d.mean(), "largest difference": d.abs().max()} for label, d in rows])
+    theirs = {r["id"]: r["metrics"] for r in theirs}
+    both = [(r["metrics"], theirs[r["id"]]) for r in ours if r["kind"] == "evaluation" and r["id"] in theirs]
+    rows = []
+    for metric, label in (pair for metrics in TABLES.values() for pair in metrics.items()):
+        d = pd.Series([a[metric] - b[metric] for a, b in both if a.get(metric) is not None and b.get(metric) is not None], dtype=float)
+        spread = {"mean difference": d.mean(), "largest difference": d.abs().max()}
+        if len(d): rows.append(dict(metric=label, runs=len(d), equal=int((d == 0).sum())) | spread)
+    return pd.DataFrame(rows)
 
 # %% ../nbs/13_results.ipynb #39325569
-PAIRS = dict(lewel_m="mocov2", lewel_b="byol") # method -> its baseline
-OVER_RANDOM = dict.fromkeys(("mocov2", "lewel_m", "byol", "lewel_b"), "random") # method -> the untrained backbone
-
 def paired_interval(
     gains:list, # seed by seed
 )->dict: # n, mean, low, high (NaN for one seed), gains (as text)
     "Mean of the gains, and its 95% interval."
-    gains = pd.Series(gains, dtype=float)
-    n, mean = len(gains), gains.mean()
-    half = stdtrit(n - 1, 0.975)*gains.std(ddof=1)/n**0.5 if n > 1 else math.nan
+    n, (mean, std) = len(gains), mean_std(gains)
+    half = stdtrit(n - 1, 0.975)*std/n**0.5 if n > 1 else math.nan
     return dict(n=n, mean=mean, low=mean - half, high=mean + half, gains=" ".join(f"{g:+.2f}" for g in gains))
+
+# %% ../nbs/13_results.ipynb #e257c93f
+PAIRS = dict(lewel_m="mocov2", lewel_b="byol") # method -> its baseline
+OVER_RANDOM = dict.fromkeys(("mocov2", "lewel_m", "byol", "lewel_b"), "random") # method -> the untrained backbone
+_gain_columns = "method", "baseline", "metric", "n", "mean", "low", "high", "gains"
+
+def _values(evaluations, metric):
+    "The metric of one method's evaluations by seed, in order; of those that have it."
+    measured = [e for e in evaluations if e["kind"] == "evaluation" and e["metrics"].get(metric) is not None]
+    return {e["seed"]: e["metrics"][metric] for e in _one_per_seed(measured)}
 
 def gain_table(
     records:list, # evaluations of one scale
     name:str, # one of `TABLES`
     pairs:dict=PAIRS, # method -> what it is compared with
 )->pd.DataFrame: # method, baseline, metric, n, mean, low and high (of the interval), gains (seed by seed)
-    "Gains in points, by default LEWEL's over its baselines."
-    metrics, rows = TABLES[check_choice("table", name, TABLES)], []
-    value = {(r["method"], r["seed"], m): r["metrics"][m] for r in records if r["kind"] == "evaluation" for m in metrics if r["metrics"].get(m) is not None}
+    "Gains in points, by default LEWEL's over its baselines, of the seeds that both have. Raises `UserError` for two runs with the same seed."
+    rows = []
     for method, baseline in pairs.items():
-        for m, label in metrics.items():
-            gains = [v - value[baseline, s, m] for (who, s, what), v in sorted(value.items()) if (who, what) == (method, m) and (baseline, s, m) in value]
+        for metric, label in TABLES[check_choice("table", name, TABLES)].items():
+            ours, theirs = (_values([r for r in records if r["method"] == m], metric) for m in (method, baseline))
+            gains = [ours[s] - theirs[s] for s in ours if s in theirs]
             if gains: rows.append(dict(method=method, baseline=baseline, metric=label) | paired_interval(gains))
-    return pd.DataFrame(rows, columns=["method", "baseline", "metric", "n", "mean", "low", "high", "gains"])
+    return pd.DataFrame(rows, columns=_gain_columns)
+
+# %% ../nbs/13_results.ipynb #89905a89
+def _verdict(low, high):
+    "What an interval says."
+    if math.isnan(low): return "one seed says nothing about spread"
+    if high - low < 1e-9: return "the same in every seed, which leaves no spread to judge by"
+    return "better" if low > 0 else "worse" if high < 0 else "no difference beyond the spread of seeds"
 
 def conclude(
     gains:pd.DataFrame, # from `gain_table`
 )->list: # a sentence for each row
     "What the gains say: only an interval without zero counts as a difference, and one of no width says nothing."
-    words = lambda r: "one seed says nothing about spread" if math.isnan(r.low) else "the same in every seed, which leaves no spread to judge by" if r.low == r.high else "better" if r.low > 0 else "worse" if r.high < 0 else "no difference beyond the spread of seeds"
-    return [f"{r.method} over {r.baseline}, {r.metric}: {r.mean:+.2f} points" + (f", 95% interval {r.low:+.2f} to {r.high:+.2f} ({r.n} seeds)" if r.n > 1 else "") + f": {words(r)}" for r in gains.itertuples()]
+    out = []
+    for r in gains.itertuples():
+        interval = f", 95% interval {r.low:+.2f} to {r.high:+.2f} ({r.n} seeds)" if r.n > 1 else ""
+        out.append(f"{r.method} over {r.baseline}, {r.metric}: {r.mean:+.2f} points{interval}: {_verdict(r.low, r.high)}")
+    return out
 
 # %% ../nbs/13_results.ipynb #3fcd9c1f
+def _ablation_grid(method, scale):
+    "Yields (factor, value, whether it is the default, recipe); the plain baseline is the one value of the factor \"baseline\"."
+    default = ablation_runs(method, "default", scale)
+    yield "baseline", PAIRS[method], False, default[PAIRS[method]]
+    for factor, values in ablation_factors(method, scale).items():
+        others = ablation_runs(method, factor, scale).values()
+        for i, (value, recipe) in enumerate(zip(values, [default[method], *others])): yield factor, value, i == 0, recipe
+
 def ablated_runs(
     runs:list, # records of pretraining
     evaluations:list, # that build on them
     scale:str, # of all of them
 )->list: # (factor, value, method, whether it is the default, [(evaluation, run) sorted by seed]) for each value that was run
-    "Which runs belong to which value of each factor; the plain baselines are those of the factor \"baseline\"."
-    recipes = {r["id"]: (r["recipe"] | dict(seed=0), r) for r in runs}
-    found = [(*recipes[e["builds_on"][0]], e) for e in evaluations if e["builds_on"] and e["builds_on"][0] in recipes]
-    wanted = []
-    for method, baseline in PAIRS.items():
-        default = ablation_runs(method, "default", scale)
-        wanted += [("baseline", baseline, method, False, default[baseline])]
-        for factor, values in ablation_factors(method, scale).items():
-            asked = [default[method], *ablation_runs(method, factor, scale).values()]
-            wanted += [(factor, label, method, recipe is default[method], recipe) for label, recipe in zip(values, asked)]
-    pairs = [(*what, sorted(((e, r) for asked, r, e in found if asked == plain(asdict(recipe))), key=lambda pair: pair[0]["seed"])) for *what, recipe in wanted]
-    return [row for row in pairs if row[-1]]
+    "Which runs belong to which value of each factor, the plain baselines to \"baseline\". Raises `UserError` for two with the same seed."
+    runs, found = {r["id"]: r for r in runs}, []
+    built = {e["id"]: runs[e["builds_on"][0]] for e in evaluations if e["builds_on"] and e["builds_on"][0] in runs}
+    for method in PAIRS:
+        for factor, value, default, recipe in _ablation_grid(method, scale):
+            wanted = plain(asdict(recipe))
+            mine = [e for e in evaluations if e["id"] in built and built[e["id"]]["recipe"] | dict(seed=0) == wanted]
+            if mine: found.append((factor, value, method, default, [(e, built[e["id"]]) for e in _one_per_seed(mine)]))
+    return found
 
+# %% ../nbs/13_results.ipynb #7a3f756d
 def ablation_table(
     runs:list, # records of pretraining
     evaluations:list, # that build on them
     metrics:dict, # metric in the records -> label in the table
     scale:str, # of all of them
-)->pd.DataFrame: # factor, value, method, default, seeds, n, "LABEL mean" and "LABEL std" for each metric, map entropy (percent of the uniform map's), scale, runs
+)->pd.DataFrame: # factor, value, method, default; then as `summarize`, with map entropy in percent of the uniform map's
     "Mean and standard deviation for each value of each factor, and of the plain baselines (factor \"baseline\")."
     rows = []
     for factor, value, method, default, mine in ablated_runs(runs, evaluations, scale):
-        row = _row(scale, mine[0][1]["method"], [e for e, _ in mine], metrics)
-        entropy = 100*pd.Series([r["metrics"].get("map_entropy") for _, r in mine], dtype=float).mean()
-        rows.append(dict(factor=factor, value=value, method=method, default=default) | {k: v for k, v in row.items() if k not in ("method", "scale", "runs")} | {"map entropy": entropy, "scale": scale, "runs": row["runs"]})
+        row = _row([e for e, _ in mine], metrics)
+        entropy, _ = mean_std([r["metrics"].get("map_entropy") for _, r in mine])
+        statistics = {k: v for k, v in row.items() if k not in ("method", "scale", "runs")}
+        rows.append(dict(factor=factor, value=value, method=method, default=default) | statistics
+                    | {"map entropy": 100*entropy, "scale": scale, "runs": row["runs"]})
     return pd.DataFrame(rows)
 
 # %% ../nbs/13_results.ipynb #17deb302
@@ -325,12 +400,14 @@ def ablation_gains(
     scale:str, # of all of them
 )->pd.DataFrame: # as `gain_table`: method is the value, baseline the method whose default it is compared with
     "What each value gains over the default, in points."
-    rows, value = ablated_runs(runs, evaluations, scale), lambda mine: {e["seed"]: e["metrics"][metric] for e, _ in mine if e["metrics"].get(metric) is not None}
-    defaults, out = {method: value(mine) for _, _, method, default, mine in rows if default}, []
-    for factor, name, method, default, mine in rows:
-        gains = [v - defaults[method][s] for s, v in value(mine).items() if not default and s in defaults.get(method, {})]
-        if gains: out.append(dict(method=name if factor == "baseline" else f"{factor} {name}", baseline=method, metric=label) | paired_interval(gains))
-    return pd.DataFrame(out, columns=["method", "baseline", "metric", "n", "mean", "low", "high", "gains"])
+    found = [(*what, _values([e for e, _ in mine], metric)) for *what, mine in ablated_runs(runs, evaluations, scale)]
+    defaults, rows = {method: values for _, _, method, default, values in found if default}, []
+    for factor, value, method, default, values in found:
+        reference = defaults.get(method, {})
+        gains = [v - reference[s] for s, v in values.items() if s in reference]
+        what = dict(method=value if factor == "baseline" else f"{factor} {value}", baseline=method, metric=label)
+        if gains and not default: rows.append(what | paired_interval(gains))
+    return pd.DataFrame(rows, columns=_gain_columns)
 
 # %% ../nbs/13_results.ipynb #57f6985a
 def scale_note(
@@ -351,8 +428,10 @@ def write_table(
     caption:str, # one line
 )->tuple: # paths of the CSV and the Markdown file
     "Write STEM.csv (full precision) and STEM.md (two decimals, caption, scale), atomically. The same table gives the same bytes."
-    stem = Path(stem)
+    folder, name = Path(stem).parent, Path(stem).name
     scales = ", ".join(dict.fromkeys(df["scale"])) or "none"
-    body = df.map(_cell).to_markdown(index=False, disable_numparse=True, colalign=["right" if pd.api.types.is_numeric_dtype(t) else "left" for t in df.dtypes] if len(df) else None)
+    sides = ["right" if pd.api.types.is_numeric_dtype(t) else "left" for t in df.dtypes]
+    body = df.map(_cell).to_markdown(index=False, disable_numparse=True, colalign=sides if len(df) else None)
+    page = f"{caption}\n\nScale: {scales}. Mean and sample standard deviation over seeds.\n\n{body}\n"
     csv = df.to_csv(index=False, lineterminator="\n")
-    return atomic_write(stem.parent/f"{stem.name}.csv", csv), atomic_write(stem.parent/f"{stem.name}.md", f"{caption}\n\nScale: {scales}. Mean and sample standard deviation over seeds.\n\n{body}\n")
+    return atomic_write(folder/f"{name}.csv", csv), atomic_write(folder/f"{name}.md", page)

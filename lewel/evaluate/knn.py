@@ -53,13 +53,14 @@ def center_batches(
         return
     def load(i):
         image, index = images.read(i)
-        return center_view(image, size) if index == i else None
+        return center_view(image, size) if index == i else None        # another index: the image put in the place of a broken one
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for part in parts:
             views = list(pool.map(load, part.tolist()))
             kept = [i for i, v in enumerate(views) if v is not None]
             if kept: yield torch.stack([views[i] for i in kept]), part[kept]
 
+# %% ../../nbs/15_evaluate_knn.ipynb #b7f27ce5
 def extract_features(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w, on the device to work on
     images:ImageSet, # with or without labels
@@ -106,18 +107,21 @@ def knn_predict(
     temperature:float|None=0.1, # None: majority vote
     num_classes:int|None=None, # see `knn_votes`
 )->torch.Tensor: # N class indices
-    "The class with the most votes."
-    return knn_votes(train_features, train_labels, features, k, temperature, num_classes).sort(dim=1, descending=True, stable=True).indices[:, 0]
+    "The class with the most votes, of equals the first."
+    votes = knn_votes(train_features, train_labels, features, k, temperature, num_classes)
+    return votes.sort(dim=1, descending=True, stable=True).indices[:, 0]
 
+# %% ../../nbs/15_evaluate_knn.ipynb #40176c94
 def topk_accuracy(
     scores:torch.Tensor, # N x classes, the higher the likelier
     labels:torch.Tensor, # N
     ks:tuple=(1, 5), # how many guesses
 )->dict: # "top1", "top5": percent
-    "Share of queries whose class is among the `k` likeliest; with `k` classes or fewer this is 100."
+    "Share of queries whose class is among the `k` likeliest, of equals the first; with `k` classes or fewer this is 100."
     right = scores.sort(dim=1, descending=True, stable=True).indices == labels.to(scores.device)[:, None]
     return {f"top{k}": 100*right[:, :k].any(1).double().mean().item() for k in ks}
 
+# %% ../../nbs/15_evaluate_knn.ipynb #60c3ad3f
 def knn_accuracy(
     train_features:torch.Tensor, # M x C, the memory
     train_labels:torch.Tensor, # M
@@ -128,7 +132,8 @@ def knn_accuracy(
 )->dict: # "top1", "top5": percent; "k": as used, at most M
     "Accuracy of the kNN classifier."
     classes = int(max(train_labels.max(), labels.max())) + 1
-    return topk_accuracy(knn_votes(train_features, train_labels, features, k, temperature, classes), labels) | dict(k=min(k, len(train_features)))
+    votes = knn_votes(train_features, train_labels, features, k, temperature, classes)
+    return topk_accuracy(votes, labels) | dict(k=min(k, len(train_features)))
 
 # %% ../../nbs/15_evaluate_knn.ipynb #1f86f09a
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ def check_labels(
     if images.labels is None: raise UserError(f"{what} ({images.name}) have no labels: put them into class folders")
     if (n := len(images.labels.unique())) < 2: raise UserError(f"{what} ({images.name}) have {n} class: an evaluation needs at least two")
 
+# %% ../../nbs/15_evaluate_knn.ipynb #a9b7b649
 def evaluate_knn(
     backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
     train:ImageSet, # the memory, labelled
@@ -157,8 +163,9 @@ def evaluate_knn(
 )->dict: # "knn_top1", "knn_top5", "knn20_top1": percent; "knn_k": neighbors as used
     "kNN classification of frozen features. Raises `UserError` for a set without labels or with a single class."
     check_labels(train, "the training images"); check_labels(test, "the test images")
-    sets = *extract_features(backbone, train, size, device, batch_size, workers), *extract_features(backbone, test, size, device, batch_size, workers)
-    main, few = knn_accuracy(*sets, protocol.k, protocol.temperature), knn_accuracy(*sets, 20, protocol.temperature)
+    memory, queries = (extract_features(backbone, s, size, device, batch_size, workers) for s in (train, test))
+    main = knn_accuracy(*memory, *queries, protocol.k, protocol.temperature)
+    few = knn_accuracy(*memory, *queries, 20, protocol.temperature)
     return dict(knn_top1=main["top1"], knn_top5=main["top5"], knn20_top1=few["top1"], knn_k=main["k"])
 
 # %% ../../nbs/15_evaluate_knn.ipynb #fe24a217
@@ -168,7 +175,7 @@ def monitor(
     size:int, # side of what the backbone is shown, pixels
     device=None, # to work on; by default where the backbone is
 )->dict: # "monitor_top1": percent; "monitor_k": neighbors as used
-    "The authors' training-time monitor (method.md section 7). Keys are among the queries: **not comparable with `evaluate_knn`**, not to be reported."
+    "The authors' training-time monitor (method.md section 7). Keys are among the queries: **not comparable with `evaluate_knn`**."
     check_labels(val, "the validation images")
     members = torch.cat([(val.labels == c).nonzero().flatten()[:25] for c in val.labels.unique()])
     queries, labels = extract_features(backbone, val.subset(members), size, device)
