@@ -135,6 +135,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lewel.cli.evaluate_command': ('cli.html#evaluate_command', 'lewel/cli.py'),
                            'lewel.cli.export_command': ('cli.html#export_command', 'lewel/cli.py'),
                            'lewel.cli.first_process': ('cli.html#first_process', 'lewel/cli.py'),
+                           'lewel.cli.listed': ('cli.html#listed', 'lewel/cli.py'),
                            'lewel.cli.logger_callbacks': ('cli.html#logger_callbacks', 'lewel/cli.py'),
                            'lewel.cli.pretrain_command': ('cli.html#pretrain_command', 'lewel/cli.py'),
                            'lewel.cli.pretrain_parser': ('cli.html#pretrain_parser', 'lewel/cli.py'),

@@ -4,16 +4,11 @@
 
 # %% auto #0
 __all__ = ['Help', 'Parser', 'first_process', 'run_command', 'add_recipe_options', 'recipe_from', 'add_budget', 'add_dry_run',
-           'check_given', 'pretrain_parser', 'logger_callbacks', 'dry_pretrain', 'dry_evaluate', 'pretrain_summary',
-           'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
-
-# %% ../nbs/30_cli.ipynb #30e0d530
-import warnings
-# said by a library's import to its developers, not to users of a command
-warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)
+           'listed', 'check_given', 'pretrain_parser', 'logger_callbacks', 'dry_pretrain', 'dry_evaluate',
+           'pretrain_summary', 'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
 
 # %% ../nbs/30_cli.ipynb #d0e56f0b
-import argparse, os, sys
+import argparse, errno, os, sys
 from dataclasses import fields
 from pathlib import Path
 from fastcore.docments import docments
@@ -47,8 +42,13 @@ def run_command(
         return 0
     except UserError as e: code, message = 2, e
     except Stopped as e: code, message = e.exit_code, e
-    except (NonFiniteLoss, OSError) as e: code, message = 1, e
-    together = isinstance(message, (Stopped, NonFiniteLoss))         # what all processes of torchrun meet at once
+    except KeyboardInterrupt: code, message = 130, "interrupted; what was saved before is kept, and the same command goes on from there"
+    except NonFiniteLoss as e: code, message = 1, e
+    except OSError as e: code, message = 1, f"{e}{': free some space, then give the same command; what was saved before is kept' if e.errno == errno.ENOSPC else ''}"
+    except Exception as e:
+        if type(e).__name__ != "OutOfMemoryError": raise         # torch's, which is not imported here
+        code, message = 1, f"the GPU's memory is too small ({str(e).splitlines()[0]}): use a smaller batch, or --accumulate where the command has it"
+    together = isinstance(message, (Stopped, NonFiniteLoss)) or code == 130         # what all processes of torchrun meet at once
     if first_process() or not together: print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
     return code
 
@@ -94,6 +94,12 @@ def add_dry_run(
         help="take two steps at full size on synthetic data and print parameters, multiply-adds, memory, time and what the whole run will cost; "
              "needs neither data nor output folder")
     parser.add_argument("--dry-batch", type=int, default=None, help=f"images in a step of a dry run; by default {batch}")
+
+def listed(
+    text:str, # separated by commas
+)->list: # of them, without blanks
+    "What an option lists."
+    return [w.strip() for w in text.split(",")]
 
 def check_given(
     args, # parsed arguments
@@ -181,7 +187,7 @@ def dry_evaluate(
 )->str: # lines
     "What the training of protocols will cost. Raises `UserError`."
     from lewel.cost import cost_report, protocol_cost, trainings
-    base, names = get_recipe("byol", check_choice("preset", args.preset, recipes)), args.protocol.split(",")
+    base, names = get_recipe("byol", check_choice("preset", args.preset, recipes)), listed(args.protocol)
     if len(names) > 1: names = [n for n in names if n != "knn"]          # which trains nothing
     for n in names: check_choice("protocol of a dry run", n, trainings)
     backbone, size = args.backbone or base.backbone, args.size or base.size
@@ -247,7 +253,7 @@ def evaluate_command(argv=None):
         if a.dry_run and a.option: raise UserError("--option is not for --dry-run, which counts the presets as they are")
         if a.dry_run: return print(dry_evaluate(a))
         time_budget(a.max_minutes)
-        record = evaluate(a.start, a.data, a.out, a.protocol.split(","), a.preset, a.backbone, a.size, a.seed, a.device, a.strict,
+        record = evaluate(a.start, a.data, a.out, listed(a.protocol), a.preset, a.backbone, a.size, a.seed, a.device, a.strict,
                           workers=a.workers, options=dict(parse_option(o) for o in a.option))
         metrics = ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None)
         print(f"{record['id']}: {metrics}; {a.out or Path(a.start)/'evaluation'}/record.json")
