@@ -529,7 +529,7 @@ def make_loader(
     accumulate:int=1, # parts of a batch
 )->ViewLoader: # of this process's share
     "Raises `UserError` unless every process gets as many images in each part, at least two."
-    loader = ViewLoader(images.to(device) if hasattr(images, "to") else images, views_of(recipe), recipe.batch_size, recipe.seed, device, workers, *world(), accumulate)
+    loader = ViewLoader(images.to(device) if hasattr(images, "to") else images, views_of(recipe), recipe.batch_size, recipe.seed, device, workers, *world(), accumulate, recipe.epochs)
     if loader.share < 2: raise UserError(f"batch_size={recipe.batch_size} leaves one image for each of {world()[1]} processes in each of {accumulate} parts, and BatchNorm needs two: use a larger batch_size")
     return loader
 
@@ -612,6 +612,7 @@ def train(
         if world()[1] > 1 or learn.step == step: raise
         learn.checkpoints.save("last.pt", epoch=learn.epoch)
         raise UserError(f"{e}; the {learn.step} steps before it are saved in {last}") from e
+    finally: learn.loader.close()
 
 # %% ../nbs/16_pretrain.ipynb #707200d2
 def compile_networks(

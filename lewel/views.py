@@ -10,7 +10,8 @@ __all__ = ['COLOR_OPS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SOLARIZE_FROM', 'mix_b
            'ViewLoader', 'cut', 'StreamedSteps', 'outlive_signals']
 
 # %% ../nbs/03_views.ipynb #fec8a785
-import signal
+import itertools, signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -381,6 +382,7 @@ class ViewLoader:
         rank:int=0, # which of the processes that share each batch this one is
         world_size:int=1, # how many they are
         parts:int=1, # in how many batches a step is served
+        epochs:int=1, # how many there are: between them the workers of a `FolderSet` go on
     ):
         n = len(images)
         if not 1 <= batch_size <= n: raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size from 2 to {n}, or add images")
@@ -388,7 +390,8 @@ class ViewLoader:
         self.images = images.to(device) if isinstance(images, MemorySet) else images
         self.recipes, self.batch_size, self.seed, self.device, self.workers = recipes, batch_size, seed, torch.device(device), workers
         self.rank, self.shares, self.share = rank, world_size*parts, batch_size//(world_size*parts)
-        self.world_size, self.epoch, self.start = world_size, 0, 0
+        self.world_size, self.epochs, self.epoch, self.start = world_size, epochs, 0, 0
+        self.stream, self.at = None, None       # of a `FolderSet`: shares to come, and (epoch, share) of the next one
 
     def __len__(self): return len(self.images)//self.batch_size
 
@@ -422,19 +425,18 @@ def cut(
     return crop.flip(2) if flip else crop
 
 class StreamedSteps(Dataset):
-    "The shares of an epoch of a `FolderSet`."
+    "The shares of a `FolderSet` by epoch and number."
     def __init__(self,
         images:FolderSet, # where the images are
         recipes:tuple, # (ViewRecipe, ViewRecipe)
         share:int, # images in one
         seed:int, # of the run
-        epoch:int, # counted from 0
-    ):
-        self.images, self.recipes, self.share, self.seed, self.epoch = images, recipes, share, seed, epoch
-        self.order = epoch_order(len(images), seed, epoch)
+    ): self.images, self.recipes, self.share, self.seed, self.epoch = images, recipes, share, seed, None
 
-    def __getitem__(self, i):
+    def __getitem__(self, which):
         "Two uint8 batches of crops, their two tables, the indices asked for, those served; or the `UserError` that prevented it."
+        epoch, i = which
+        if epoch != self.epoch: self.epoch, self.order = epoch, epoch_order(len(self.images), self.seed, epoch)
         asked = self.order[i*self.share:(i + 1)*self.share]
         try: images, served = zip(*(self.images.read(int(i)) for i in asked))
         except UserError as e: return e
@@ -461,14 +463,31 @@ def note_skipped(self:FolderSet,
             if path not in self.skipped: self.skipped.append(path)
 
 @patch
+def open_stream(self:ViewLoader,
+    first:int, # share of the present epoch to begin with
+)->Iterator: # of what `StreamedSteps` gives, to the end of the last epoch
+    "Start the workers."
+    asked = [(self.epoch, share) for share in range(first, len(self)*self.shares, self.world_size)]
+    later = ((epoch, share) for epoch in range(self.epoch + 1, self.epochs) for share in range(self.rank, len(self)*self.shares, self.world_size))
+    return iter(DataLoader(StreamedSteps(self.images, self.recipes, self.share, self.seed), batch_size=None, sampler=itertools.chain(asked, later), num_workers=self.workers,
+                           collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator(), worker_init_fn=outlive_signals))
+
+@patch
+def close(self:ViewLoader):
+    "Let the workers go."
+    self.stream = self.at = None
+
+@patch
 def from_files(self:ViewLoader,
     shares, # which, in order
 ):
     "The batches of a `FolderSet`."
-    loader = DataLoader(StreamedSteps(self.images, self.recipes, self.share, self.seed, self.epoch), batch_size=None, sampler=shares, num_workers=self.workers,
-                        collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator(), worker_init_fn=outlive_signals)
-    for step in loader:
+    if shares and self.at != (self.epoch, shares[0]): self.stream = self.open_stream(shares[0])
+    for share in shares:
+        self.at, step = None, next(self.stream)
         if isinstance(step, UserError): raise step
+        self.at = (self.epoch, share + self.world_size) if share != shares[-1] else (self.epoch + 1, self.rank)
+        if share == shares[-1] and self.epoch + 1 >= self.epochs: next(self.stream, None); self.close()      # at whose end the workers go
         crops, tables, asked, served = step
         self.images.note_skipped(asked, served.numpy())
         yield *(apply_colors(c.to(self.device, non_blocking=True).float().div_(255), t, r) for c, t, r in zip(crops, tables, self.recipes)), served
