@@ -643,6 +643,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lewel.pretrain.open_pair': ('pretrain.html#open_pair', 'lewel/pretrain.py'),
                                 'lewel.pretrain.peak_memory_mb': ('pretrain.html#peak_memory_mb', 'lewel/pretrain.py'),
                                 'lewel.pretrain.pick_device': ('pretrain.html#pick_device', 'lewel/pretrain.py'),
+                                'lewel.pretrain.pick_progress': ('pretrain.html#pick_progress', 'lewel/pretrain.py'),
                                 'lewel.pretrain.prepare_method': ('pretrain.html#prepare_method', 'lewel/pretrain.py'),
                                 'lewel.pretrain.pretrain': ('pretrain.html#pretrain', 'lewel/pretrain.py'),
                                 'lewel.pretrain.pretrain_record': ('pretrain.html#pretrain_record', 'lewel/pretrain.py'),

@@ -67,7 +67,9 @@ def num_features(
     "Channels of a backbone's feature map. Raises `UserError` if it cannot take the image, or what comes back is not a map, or one whose channels come last."
     modes = [(m, m.training) for m in backbone.modules()]
     parameter = next(backbone.parameters(), torch.zeros(()))
-    def shape_for(width): return tuple(getattr(out := backbone(torch.zeros(1, 3, size, width, device=parameter.device, dtype=parameter.dtype)), "shape", ())) or type(out).__name__
+    def shape_for(width):
+        out = backbone(torch.zeros(1, 3, size, width, device=parameter.device, dtype=parameter.dtype))
+        return tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
     backbone.eval()
     try:
         shape = wide = shape_for(size)

@@ -8,8 +8,8 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
            'peak_memory_mb', 'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory',
            'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
-           'check_least', 'lock_output', 'held_output', 'check_space', 'describe', 'train', 'compile_networks',
-           'pretrain', 'StopAt']
+           'check_least', 'lock_output', 'held_output', 'check_space', 'pick_progress', 'describe', 'train',
+           'compile_networks', 'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, fcntl, math, os, resource, shutil, signal, sys, threading, time
@@ -583,6 +583,14 @@ def check_space(
         return f"{out} has room for {room/1e6:,.0f} MB, and the checkpoints take up to {need/1e6:,.0f}: free some space, or choose another output folder" if room < need else None
     if refused := from_first_rank(refusal): raise UserError(refused)
 
+# %% ../nbs/16_pretrain.ipynb #f035c5c9
+def pick_progress(
+    progress:str="auto", # "auto", "bars", "lines" or "none"
+)->str: # the same, and for "auto" what fits the place
+    "How progress is shown. Raises `UserError` for another word."
+    check_choice("progress", progress, ("auto", "bars", "lines", "none"))
+    return progress if progress != "auto" else "bars" if IN_NOTEBOOK or sys.stdout.isatty() else "lines"
+
 # %% ../nbs/16_pretrain.ipynb #23ce975f
 def describe(
     learn:Pretraining, # about to train
@@ -645,10 +653,8 @@ def pretrain(
     compile:bool=False, # see `compile_networks`
 )->dict: # the run's record
     "Pretrain a method on images, in all processes of torchrun if it was started by it. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
-    out, device = Path(out), local_device(device)
-    check_choice("progress", progress, ("auto", "bars", "lines", "none"))
+    out, device, progress = Path(out), local_device(device), pick_progress(progress)
     check_least(workers=(workers, 0), log_every=(log_every, 1), save_every=(save_every or 0, 0), monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
-    if progress == "auto": progress = "bars" if IN_NOTEBOOK or sys.stdout.isatty() else "lines"
     if device.type == "cpu": keep_freed_memory()
     forget_peak_memory(device)
     with process_group(device):

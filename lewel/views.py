@@ -462,6 +462,7 @@ def note_skipped(self:FolderSet,
             path = self.paths[i % len(self)]
             if path not in self.skipped: self.skipped.append(path)
 
+# %% ../nbs/03_views.ipynb #f14fa855
 @patch
 def open_stream(self:ViewLoader,
     first:int, # share of the present epoch to begin with
@@ -477,6 +478,7 @@ def close(self:ViewLoader):
     "Let the workers go."
     self.stream = self.at = None
 
+# %% ../nbs/03_views.ipynb #840f9cdc
 @patch
 def from_files(self:ViewLoader,
     shares, # which, in order
