@@ -8,11 +8,12 @@ BIN    := $(VENV)/bin
 PACKAGES = --quiet --constraint constraints.txt --editable
 install  = $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(PACKAGES) '.[$(1)]' || $(BIN)/pip install $(PACKAGES) '.[$(1)]'
 export PATH := $(abspath $(BIN)):$(PATH)
-# SCALE=demo SEEDS=3 DENSE_SEEDS=1 ABLATION_SEEDS=1 DEVICE=cpu MAX_MINUTES=60 override settings.ini; DRY_RUN=1 only prints the plan
+# SCALE=demo SEEDS=3 DENSE_SEEDS=1 ABLATION_SEEDS=1 CONDITIONS=1 DEVICE=cpu MAX_MINUTES=60 override settings.ini; DRY_RUN=1 only prints the plan
 export LEWEL_SCALE          := $(or $(SCALE),$(LEWEL_SCALE))
 export LEWEL_SEEDS          := $(or $(SEEDS),$(LEWEL_SEEDS))
 export LEWEL_DENSE_SEEDS    := $(or $(DENSE_SEEDS),$(LEWEL_DENSE_SEEDS))
 export LEWEL_ABLATION_SEEDS := $(or $(ABLATION_SEEDS),$(LEWEL_ABLATION_SEEDS))
+export LEWEL_CONDITIONS     := $(or $(CONDITIONS),$(LEWEL_CONDITIONS))
 export LEWEL_DEVICE         := $(or $(DEVICE),$(LEWEL_DEVICE))
 export LEWEL_MAX_MINUTES    := $(or $(MAX_MINUTES),$(LEWEL_MAX_MINUTES))
 export LEWEL_DRY_RUN        := $(or $(DRY_RUN),$(LEWEL_DRY_RUN))

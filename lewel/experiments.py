@@ -46,6 +46,7 @@ class Settings:
     seeds:int=2 # how many seeds, from 0
     dense_seeds:int=None # as many for segmentation, detection, instance segmentation; by default `seeds`
     ablation_seeds:int=None # as many for the ablations; by default `seeds`; 0: none
+    conditions:int=0 # 1: the demo under other conditions, too (`lewel.paper.conditions`)
     device:str="auto" # "auto", "cpu" or "cuda"
     workers:int=2 # processes that decode streamed images
     max_minutes:int=0 # after which a job saves and ends, to go on at the next call; 0: no limit
@@ -60,7 +61,8 @@ class Settings:
         self.seeds = whole_number("seeds", self.seeds, 1)
         for name in "dense_seeds", "ablation_seeds":
             if getattr(self, name) is None: setattr(self, name, self.seeds)
-        for name in "dense_seeds", "ablation_seeds", "workers", "max_minutes": setattr(self, name, whole_number(name, getattr(self, name), 0))
+        for name in "dense_seeds", "ablation_seeds", "conditions", "workers", "max_minutes": setattr(self, name, whole_number(name, getattr(self, name), 0))
+        if self.conditions and self.scale != "demo": raise UserError(f"setting conditions={self.conditions}: there are other conditions of scale demo only, not of {self.scale}")
 
 SECTIONS = "data", "segmentation", "detection", "instance"
 NAMES = tuple(n for n in Settings.__dataclass_fields__ if n not in SECTIONS)
@@ -120,7 +122,7 @@ def evaluation_groups(
 CHOICES = dict(scale=SCALES, method=METHODS, protocols=PROTOCOLS)   # parameter -> words it may hold
 METHODS_OF = dict( # notebook -> methods, where it does not take all
     pretrain=[m for m in METHODS if m not in ("random", "supervised")],
-    ablation=("lewel_m", "lewel_b"))
+    ablation=("lewel_m", "lewel_b"), condition=("mocov2", "lewel_m", "byol", "lewel_b"))
 LEAST = dict(seed=0, seeds=1, workers=0, max_minutes=0, batch=0) # parameter -> smallest value
 
 def check_value(
@@ -141,6 +143,9 @@ def check_value(
     if name == "factor":
         from lewel.paper import ablation_factors
         check_choice(what, value, ["default", *ablation_factors(known["method"], known["scale"])])
+    if name == "condition":
+        from lewel.paper import condition_runs
+        check_choice(what, value, dict.fromkeys(folder for folder, *_ in condition_runs()))
 
 # %% ../nbs/31_experiments.ipynb #e6b38cec
 def check_parameters(
@@ -224,8 +229,9 @@ def forget_failures(
 )->list: # the failures that will be tried again
     "Take away the marks of jobs that failed, or whose record is gone."
     results, failures = Path(results), read_failures(results)
-    for mark in (results/"marks").glob("*.*"):
-        out = results/{".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations"}[mark.suffix]/mark.stem
+    marks, kinds = results/"marks", {".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"}
+    for mark in [m for m in marks.rglob("*.*") if m.suffix in kinds]:
+        out = results/kinds[mark.suffix]/mark.relative_to(marks).with_suffix("")
         if (out/"failed.json").exists() or mark.suffix != ".ablated" and not (out/"record.json").exists(): mark.unlink()
     return failures
 

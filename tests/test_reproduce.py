@@ -2,6 +2,7 @@
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from lewel.paper import condition_runs
 from lewel.core import atomic_write
 from lewel.experiments import only_one
 from lewel.results import read_records
@@ -72,6 +73,13 @@ def test_a_job_without_its_mark_is_done_again(tmp_path):
     shutil.rmtree(tmp_path/"results/smoke/marks")
     again = jobs()
     assert (again["pretrain"], again["supervised"], again["evaluate"], again["evaluate_dense"]) == ("4", "1", "6", "6")
+
+def test_conditions_when_asked_for():
+    "CONDITIONS=1 adds a job for each run under other conditions, each with its recipe's condition, and their figure."
+    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--dry-run", "--forceall", "--printshellcmds", LEWEL_SCALE="demo", LEWEL_CONDITIONS="1")
+    assert code == 0, err
+    assert {tuple(found) for found in re.findall(r" condition=(\S+) method=(\S+) seed=(\d+) ", out + err)} == {(c, m, str(s)) for c, m, s in condition_runs()}
+    assert "figure_conditions.ipynb results=results/demo" in out + err
 
 def test_slurm_profile(tmp_path):
     "Snakemake accepts the profile, and would send every job to the cluster."
