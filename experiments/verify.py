@@ -1,4 +1,4 @@
-"Make every table and figure of the scales again, from the records alone, and all that the README shows or quotes of them; fail on any difference."
+"Make every table and figure of the scales again, from the records alone and by the notebooks as they are now, and all that the README shows or quotes of them; fail on any difference, and on a dead link of their pages."
 import runpy, sys
 from pathlib import Path
 from lewel.experiments import verify, verify_readme

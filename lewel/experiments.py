@@ -6,14 +6,15 @@
 __all__ = ['SECTIONS', 'NAMES', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'PAGE_ORDER', 'STYLE', 'check_device', 'whole_number',
            'Settings', 'read_sections', 'read_settings', 'check_data', 'evaluation_groups', 'check_value',
            'check_parameters', 'run_notebook', 'named_error', 'failure_reason', 'run_job', 'forget_failures',
-           'only_one', 'published_copy', 'published_results', 'put_aside', 'notebook_page', 'table_html', 'conclusion',
-           'record_places', 'write_page', 'notebook_text', 'difference', 'verify_readme', 'verify']
+           'only_one', 'published_copy', 'published_results', 'put_aside', 'markdown_html', 'picture_texts',
+           'plain_text', 'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page', 'dead_links',
+           'notebook_text', 'notebook_sources', 'difference', 'verify_readme', 'verify']
 
 # %% ../nbs/31_experiments.ipynb #a8395319
-import configparser, fcntl, html, os, re, shutil, sys, tempfile
+import base64, configparser, fcntl, html, os, re, shutil, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from .core import METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, read_failures, warn, write_failure
 
@@ -276,25 +277,61 @@ def put_aside(
     return True
 
 # %% ../nbs/31_experiments.ipynb #efad0cfe
-PAGE_ORDER = dict( # notebook -> (heading, tables, figures)
-    figure_architecture=("The method", (), ("architecture",)),
-    table_linear=("Table 1. Linear and kNN classification", ("linear",), ("linear",)),
-    table_semi=("Table 2. Semi-supervised classification", ("semi",), ("semi",)),
-    table_segmentation=("Table 3. Semantic segmentation", ("segmentation",), ("segmentation", "segmentation_predictions")),
-    table_detection=("Table 3. Object detection", ("detection",), ("detection", "detection_predictions")),
-    table_instance=("Table 4. Object detection and instance segmentation on COCO", ("instance",), ("instance", "instance_predictions")),
-    table_ablations=("Table 5. Ablations", ("ablations",), ("ablations",)),
-    table_cost=("Table 6. Cost", ("cost",), ()),
-    figure_gains=("Gains over the baselines", (), ("gains",)),
-    figure_conditions=("Other conditions: more seeds, longer training, smaller crops, larger and sharper maps", (), ("conditions",)),
-    figure_alignment=("Where LEWEL looks", (), ("alignment", "alignment_training", "curves")))
+PAGE_ORDER = dict( # notebook -> (heading, tables, figures, what they are made from)
+    figure_architecture=("The method", (), ("architecture",), ()),
+    table_linear=("Table 1. Linear and kNN classification", ("linear",), ("linear",), ("evaluations/",)),
+    table_semi=("Table 2. Semi-supervised classification", ("semi",), ("semi",), ("evaluations/",)),
+    table_segmentation=("Table 3. Semantic segmentation", ("segmentation",), ("segmentation", "segmentation_predictions"), ("evaluations/",)),
+    table_detection=("Table 3. Object detection", ("detection",), ("detection", "detection_predictions"), ("evaluations/",)),
+    table_instance=("Table 4. Object detection and instance segmentation on COCO", ("instance",), ("instance", "instance_predictions"), ("evaluations/",)),
+    table_ablations=("Table 5. Ablations", ("ablations",), ("ablations",), ("ablations/",)),
+    table_cost=("Table 6. Cost", ("cost",), (), ("cost/record.json",)),
+    figure_gains=("Gains over the baselines", (), ("gains",), ("evaluations/",)),
+    figure_conditions=("Other conditions: more seeds, longer training, smaller crops, larger and sharper maps", (), ("conditions",), ("conditions/", "evaluations/")),
+    figure_alignment=("Where LEWEL looks", (), ("alignment", "alignment_training", "curves"), ("runs/", "figures/alignment.npz")))
+
+# %% ../nbs/31_experiments.ipynb #6bbb6819
+def markdown_html(
+    text:str, # Markdown of a notebook
+    index:str="../index.html", # the page of all results, seen from the one that this is for
+)->str: # HTML that needs no network
+    "Markdown as HTML, with formulas as MathML; links to other notebooks lead to their sections on the page of all results."
+    from docutils.utils.math.latex2mathml import tex2mathml
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+    def math(tex, **how):
+        formula = "".join(map(str.strip, tex2mathml(tex, **how).splitlines()))
+        return formula.replace("<mo>&ApplyFunction;</mo>", '<mspace width="0.17em"></mspace>')      # browsers set ln N without a gap
+    class Renderer(IPythonRenderer):
+        def inline_math(self, body): return math(body)
+        def block_math(self, body): return math(body, as_block=True)
+        def link(self, text, url, title=None):
+            name = url.removesuffix(".ipynb")
+            return super().link(text, f"{index}#{name}" if name in PAGE_ORDER else url, title)
+    return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(text)
+
+# %% ../nbs/31_experiments.ipynb #e800e038
+def picture_texts(
+    notebook, # executed, as nbformat reads it
+)->list: # of (output that shows a picture, Markdown)
+    "The pictures of a notebook, each with the last paragraph before it."
+    text, found = "", []
+    for c in notebook.cells:
+        if c.cell_type == "markdown": text = c.source.split("\n\n")[-1]
+        elif c.cell_type == "code": found += [(o, text) for o in c.outputs if "image/png" in o.get("data", {})]
+    return found
+
+def plain_text(
+    text:str, # Markdown
+)->str: # one line
+    "Markdown without its markup."
+    return " ".join(html.unescape(re.sub("<[^>]+>", "", markdown_html(text))).split())
 
 # %% ../nbs/31_experiments.ipynb #709ca4de
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
          "img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.82rem}"
          "td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
          "td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}a{color:#06c}"
-         "pre{overflow-x:auto;background:#f6f6f6;padding:.6rem}.note{color:#555}")
+         "pre{overflow-x:auto;background:#f6f6f6;padding:.6rem}figure,.wide{margin:1rem 0}.note,figcaption{color:#555}")
 
 def _document(title, body):
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -307,63 +344,84 @@ def notebook_page(
     "An executed notebook as a small HTML page."
     from nbconvert import HTMLExporter
     import nbformat
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(nbformat.read(notebook, 4))
+    book = nbformat.read(notebook, 4)
+    for picture, text in picture_texts(book): picture.metadata["alt"] = plain_text(text)
+    filters = dict(markdown2html=markdown_html)
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, filters=filters)
+    body, _ = exporter.from_notebook_node(book)
     back = '<p><a href="../index.html">all results</a></p>'
     return atomic_write(Path(notebook).with_suffix(".html"), _document(Path(notebook).stem, f"{back}\n{body}"))
 
 # %% ../nbs/31_experiments.ipynb #13e124ae
 def table_html(
     table, # DataFrame with a column `runs`, of ids; else as it is
-    places:dict, # id -> path of its record, relative to the page
+    records:dict, # id -> record with its `place`, see `placed_records`
 )->str: # HTML
-    "A table whose runs are links."
+    "A table whose runs are links, with a column more for the runs they build on."
     import pandas as pd
     def shown(v):
         if pd.isna(v) or v is False: return ""
         return "yes" if v is True else f"{v:.2f}" if isinstance(v, float) else html.escape(str(v))
-    def link(i): return f'<a href="{places[i]}" title="{i}">{i.rsplit("-", 1)[-1]}</a>' if i in places else html.escape(i)
-    table = table.map(shown)
-    if "runs" in table: table = table.assign(runs=[" ".join(link(i) for i in html.unescape(ids).split()) for ids in table.runs])
-    return f'<div class="wide">{table.to_html(index=False, escape=False, border=0)}</div>'
+    def link(i): return f'<a href="{records[i]["place"]}" title="{i}">{i.rsplit("-", 1)[-1]}</a>' if i in records else html.escape(i)
+    def links(lists): return [" ".join(map(link, ids)) for ids in lists]
+    cells = table.map(shown)
+    if "runs" in table:
+        runs = [ids.split() for ids in table.runs.fillna("")]
+        before = [[j for i in ids for j in records.get(i, {}).get("builds_on", [])] for ids in runs]
+        cells = cells.assign(runs=links(runs), pretraining=links(before))
+    return f'<div class="wide">{cells.to_html(index=False, escape=False, border=0)}</div>'
 
 # %% ../nbs/31_experiments.ipynb #306d5694
 def conclusion(
     notebook, # path of an executed notebook
 )->str: # HTML, empty if it says nothing
-    "What the last cell of a notebook prints, as a list; one of more than twelve lines is folded."
+    "What the last cell of a notebook prints, and the text after it; a list of more than twelve lines is folded."
     import nbformat
-    last = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"][-1]
-    lines = "".join(o.text for o in last.outputs if o.get("name") == "stdout").splitlines()
-    if not lines: return ""
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f"<details{' open' * (len(lines) <= 12)}><summary>What these runs say</summary><ul>{items}</ul></details>"
+    cells, parts = nbformat.read(notebook, 4).cells, []
+    last = max(i for i, c in enumerate(cells) if c.cell_type == "code")
+    printed = "".join(o.text for o in cells[last].outputs if o.get("name") == "stdout").splitlines()
+    for is_table, lines in groupby(printed, lambda line: line.startswith("|")):
+        lines = [line for line in lines if line]
+        if is_table: parts.append(f'<div class="wide">{markdown_html(chr(10).join(lines))}</div>')
+        elif lines:
+            items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+            parts.append(f"<details{' open' * (len(lines) <= 12)}><summary>What these runs say</summary><ul>{items}</ul></details>")
+    return "\n".join(parts + [markdown_html(c.source, "") for c in cells[last + 1:]])
 
 # %% ../nbs/31_experiments.ipynb #40f15ee4
-def record_places(
+def placed_records(
     results, # folder of a scale
-)->dict: # id -> path of its record, relative to the folder
+)->dict: # id -> record, with the path of its file, relative to the folder, as `place`
     "The records of a scale."
     from lewel.results import read_record
-    places = {}
+    records = {}
     for path in sorted(Path(results).rglob("record.json")):
-        try: places[read_record(path)["id"]] = path.relative_to(results).as_posix()
+        try: record = read_record(path)
         except UserError as e: warn(f"left out: {e}")
-    return places
+        else: records[record["id"]] = record | dict(place=path.relative_to(results).as_posix())
+    return records
 
 # %% ../nbs/31_experiments.ipynb #65704726
-def _section(results, name, places):
+def _figure(path, caption):
+    alt = html.escape(plain_text(caption))
+    return f'<figure><img src="figures/{path.name}" alt="{alt}"><figcaption>{markdown_html(caption, "")}</figcaption></figure>'
+
+def _section(results, name, records):
     "The part of the page that a notebook made."
+    import nbformat
     import pandas as pd
-    heading, tables, figures = PAGE_ORDER[name]
+    heading, tables, figures, sources = PAGE_ORDER[name]
     notebook = results/"notebooks"/f"{name}.ipynb"
-    parts = [f'<h2 id="{name}">{heading}</h2>\n<p><a href="notebooks/{notebook_page(notebook).name}">how it was made</a></p>']
+    made = f'<a href="notebooks/{notebook_page(notebook).name}">how it was made</a>'
+    links = ", ".join(f'<a href="{s}">{s}</a>' for s in sources if (results/s).exists())
+    parts = [f'<h2 id="{name}">{heading}</h2>\n<p>{made}{", from " * bool(links)}{links}</p>']
     for t in tables:
         caption = (results/"tables"/f"{t}.md").read_text().split("\n\n|")[0].split("\n\n")
         table = pd.read_csv(results/"tables"/f"{t}.csv", dtype=dict(seeds=str, value=str, runs=str))
-        parts.append("".join(f'<p class="note">{html.escape(c)}</p>' for c in caption) + "\n" + table_html(table, places))
-    for f in figures:
-        if (results/"figures"/f"{f}.png").exists(): parts.append(f'<p><img src="figures/{f}.png" alt="{heading}: {f}"></p>')
+        parts.append("".join(f'<p class="note">{html.escape(c)}</p>' for c in caption) + "\n" + table_html(table, records))
+    captions = {base64.b64decode(o.data["image/png"]): text for o, text in picture_texts(nbformat.read(notebook, 4))}
+    for path in (results/"figures"/f"{f}.png" for f in figures):
+        if path.exists(): parts.append(_figure(path, captions.get(path.read_bytes(), heading)))
     return [*parts, conclusion(notebook)]
 
 def write_page(
@@ -372,15 +430,27 @@ def write_page(
     "Write the page from the tables, figures, executed notebooks and records that are there."
     results = Path(results)
     says = ("Wiring test only: these numbers mean nothing." if results.name == "smoke" else
-            "Every number comes from a recorded run: the six characters in the last column of a table lead to it. "
-            "Table 4 is COCO, which only the larger scales have.")
-    parts, places = [f"<h1>LEWEL, scale {results.name}</h1>\n<p>{says}</p>"], record_places(results)
+            "Every measured number follows from the files that are linked under its heading: the records, which say how each run was "
+            "made and what it gave. In a table of runs the last two columns lead to the records of a row's evaluations and of the "
+            "pretraining that these build on. Table 4 is COCO, which only the larger scales have.")
+    parts, records = [f"<h1>LEWEL, scale {results.name}</h1>\n<p>{says}</p>"], placed_records(results)
     if lost := read_failures(results):
         items = (f"<li>{html.escape(Path(f['folder']).name)}: {html.escape(f['reason'])}</li>" for f in lost)
         parts.append(f"<h2>Missing</h2><ul>{''.join(items)}</ul>")
     for name in PAGE_ORDER:
-        if (results/"notebooks"/f"{name}.ipynb").exists(): parts += _section(results, name, places)
+        if (results/"notebooks"/f"{name}.ipynb").exists(): parts += _section(results, name, records)
     return atomic_write(results/"index.html", _document(f"LEWEL, scale {results.name}", "\n".join(parts)))
+
+# %% ../nbs/31_experiments.ipynb #f13ba359
+def dead_links(
+    results, # folder of a scale
+)->list: # one line each
+    "What the pages of a scale link or show and is not there. Links into the network are not followed."
+    found = []
+    for page in sorted(Path(results).rglob("*.html")):
+        links = re.findall(r'(?:href="(?!https?:)|src="(?!data:))([^"#]+)', page.read_text())
+        found += [f"{page}: there is no {link}" for link in dict.fromkeys(links) if not (page.parent/link).exists()]
+    return found
 
 # %% ../nbs/31_experiments.ipynb #63d34fa4
 def notebook_text(
@@ -391,6 +461,14 @@ def notebook_text(
     outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") != "stderr"]
     text = "".join(o.text if o.output_type == "stream" else o.get("data", {}).get("text/plain", "") + "\n" for o in outputs)
     return [line.rstrip() for line in text.splitlines() if not line.startswith("<")]
+
+# %% ../nbs/31_experiments.ipynb #d3b1c5bc
+def notebook_sources(
+    path, # of a notebook
+)->list: # of text, a cell each
+    "A notebook's text and code, without the cell that papermill puts in."
+    import nbformat
+    return [c.source for c in nbformat.read(path, 4).cells if "injected-parameters" not in c.metadata.get("tags", [])]
 
 # %% ../nbs/31_experiments.ipynb #6d959aa7
 def difference(
@@ -405,6 +483,9 @@ def difference(
         from PIL import Image
         a, b = (np.asarray(Image.open(p).convert("RGB")) for p in (old, new))
         return None if np.array_equal(a, b) else f"{old} shows something else than the records say"
+    if old.suffix == ".ipynb":
+        for i, (x, y) in enumerate(zip_longest(notebook_sources(old), notebook_sources(new)), 1):
+            if x != y: return f"{old}, cell {i}, is not what its template in experiments/ says now: execute it again"
     a, b = (notebook_text(p) if p.suffix == ".ipynb" else p.read_text().splitlines() for p in (old, new))
     for i, (x, y) in enumerate(zip_longest(a, b), 1):
         if x != y: return f"{old}, line {i}: {'nothing' if x is None else x!r}, but the records say {'nothing' if y is None else y!r}"
@@ -434,9 +515,9 @@ def verify(
     results, # folder of a scale, as it is kept
     notebooks="experiments", # folder of the notebooks
 )->list: # what differs, one line each
-    "Make all tables and figures again from the records and compare."
+    "Make all tables and figures again from the records and compare; look for dead links on the pages."
     import nbformat
-    results, wrong = Path(results), []
+    results, wrong = Path(results), dead_links(results)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)/results.name
         shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", "tables", "notebooks", ".lock"))

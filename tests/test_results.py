@@ -1,10 +1,11 @@
 "Tables, README and records agree."
+import shutil
 from pathlib import Path
 import pandas as pd
 import pytest
 from lewel.cost import write_cost
 from lewel.core import read_failures
-from lewel.experiments import published_results
+from lewel.experiments import published_results, write_page
 from lewel.paper import ablation_factors
 from lewel.results import PAIRS, ablation_table, make_table, read_record, read_records, write_table
 
@@ -58,3 +59,10 @@ def test_every_value_of_every_factor_was_run():
 def test_at_least_three_seeds():
     "Tables 1 to 3 rest on three seeds or more for each method."
     for name in "linear", "semi", "segmentation", "detection": assert (pd.read_csv(demo/"tables"/f"{name}.csv")["n"] >= 3).all()
+
+def test_page_leads_to_the_records(tmp_path):
+    "Every run that a table rests on is linked, evaluation and pretraining, and so is the record of the costs; what the notebooks print as a table is one."
+    page = write_page(shutil.copytree(demo, tmp_path/"demo")).read_text()
+    for kind in "runs", "evaluations", "ablations", "cost":
+        for path in (demo/kind).rglob("record.json"): assert f'href="{path.relative_to(demo).as_posix()}"' in page
+    assert "<li>|" not in page and ">default-uniform</td>" in page and "<strong>LEWEL_B gains under none of these conditions</strong>" in page
