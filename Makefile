@@ -18,7 +18,8 @@ export LEWEL_DEVICE         := $(or $(DEVICE),$(LEWEL_DEVICE))
 export LEWEL_MAX_MINUTES    := $(or $(MAX_MINUTES),$(LEWEL_MAX_MINUTES))
 export LEWEL_DRY_RUN        := $(or $(DRY_RUN),$(LEWEL_DRY_RUN))
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+# how many jobs with a GPU run at a time: as many as this machine has; where SNAKEMAKE names a profile or an executor, the cluster's machines count, not this one
+GPUS   ?= $(if $(filter --profile% --executor% -e,$(SNAKEMAKE)),,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU))
 
 .PHONY: reproduce test verify bench readme clean
 
@@ -34,7 +35,7 @@ $(VENV)/bench: $(VENV)/installed
 	touch $@
 
 reproduce: $(VENV)/installed
-	@python experiments/reproduce.py --resources gpu=$(GPUS) --cores $(CORES) $(SNAKEMAKE)
+	@python experiments/reproduce.py $(if $(GPUS),--resources gpu=$(GPUS)) --cores $(CORES) $(SNAKEMAKE)
 
 test: $(VENV)/installed
 	python tests/check_sync.py

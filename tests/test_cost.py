@@ -98,7 +98,7 @@ def test_plan_is_what_snakemake_would_do(tmp_path):
 def test_plan_of_the_paper_without_data(capsys):
     print_plan(Settings("paper", seeds=1, ablation_seeds=0))
     out = capsys.readouterr().out
-    for word in "lewel_b_syncbn-s0", "ImageNet-1k", "COCO 2017", "MISSING, set paper in [data]", "assuming that a GPU sustains", "instance_2x instance_c4": assert word in out, word
+    for word in "lewel_b_syncbn-s0", "ImageNet-1k", "COCO 2017", "MISSING, set paper in [data]", "assuming that a GPU sustains", "instance_2x instance_c4", "torchrun --standalone --nproc-per-node 8 -m lewel.pretrain --scale paper --method lewel_b_syncbn", "With the ablations of one seed": assert word in out, word
     with pytest.raises(ZeroDivisionError): plan(Settings("smoke"), sustained=0)
 
 # --- the table

@@ -1,5 +1,5 @@
 "The graph of experiments: jobs, the lock, a cluster."
-import os, re, shutil, subprocess, sys
+import os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from lewel.paper import condition_runs
@@ -81,8 +81,19 @@ def test_conditions_when_asked_for():
     assert {tuple(found) for found in re.findall(r" condition=(\S+) method=(\S+) seed=(\d+) ", out + err)} == {(c, m, str(s)) for c, m, s in condition_runs()}
     assert "figure_conditions.ipynb results=results/demo" in out + err
 
-def test_slurm_profile(tmp_path):
-    "Snakemake accepts the profile, and would send every job to the cluster."
-    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", "--profile", "experiments/slurm", "--cores", 1, "--nolock", "--dry-run", "--forceall", LEWEL_SCALE="imagenette", LEWEL_SEEDS="3")
+def test_slurm_profile(tmp_path, monkeypatch):
+    "As `make reproduce` calls Snakemake with the profile: it accepts it, and every job would ask for a GPU, though the login node has none."
+    for name in "MAKEFLAGS", "GPUS", "SNAKEMAKE": monkeypatch.delenv(name, raising=False)
+    nothing = tmp_path/"nvidia-smi"
+    nothing.write_text("#!/bin/sh\nexit 1\n"); nothing.chmod(0o755)
+    def options(*given):
+        "What make passes on."
+        code, out, err = call("make", "-n", "reproduce", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/installed", *given, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert code == 0, err
+        return shlex.split(out.split("experiments/reproduce.py")[1])
+    profile = "SNAKEMAKE=--profile experiments/slurm"
+    assert options()[:2] == ["--resources", "gpu=0"] and options(profile, "GPUS=3")[:2] == ["--resources", "gpu=3"]
+    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", *options(profile), "--nolock", "--dry-run", "--forceall", LEWEL_SCALE="imagenette", LEWEL_SEEDS="3", LEWEL_DEVICE="auto")
     assert code == 0, err
-    assert "slurm_partition=gpu" in out + err and "gpu=1" in out + err
+    trainings = re.findall(r"^rule (?:pretrain|supervised|evaluate|ablation):.*?resources: (.*?)$", out + err, re.M | re.S)
+    assert len(trainings) > 20 and all("slurm_partition=gpu" in r and r.endswith("gpu=1") for r in trainings)
