@@ -187,12 +187,13 @@ def dry_evaluate(
 )->str: # lines
     "What the training of protocols will cost. Raises `UserError`."
     from lewel.cost import cost_report, protocol_cost, trainings
-    base, names = get_recipe("byol", check_choice("preset", args.preset, recipes)), listed(args.protocol)
+    preset, names = check_choice("preset", args.preset or "imagenette", recipes), listed(args.protocol)
+    base = get_recipe("byol", preset)
     if len(names) > 1: names = [n for n in names if n != "knn"]          # which trains nothing
     for n in names: check_choice("protocol of a dry run", n, trainings)
     backbone, size = args.backbone or base.backbone, args.size or base.size
-    cost = lambda n: protocol_cost(n, args.preset, backbone, size, args.device, batch=args.dry_batch or 2)
-    return "\n".join(cost_report(f"dry run: {n}, preset {args.preset}, {backbone}", cost(n)) for n in names)
+    cost = lambda n: protocol_cost(n, preset, backbone, size, args.device, batch=args.dry_batch or 2)
+    return "\n".join(cost_report(f"dry run: {n}, preset {preset}, {backbone}", cost(n)) for n in names)
 
 # %% ../nbs/30_cli.ipynb #bdb65372
 def pretrain_summary(
@@ -235,9 +236,12 @@ def evaluate_command(argv=None):
         help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation "
              "one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
     p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(protocols)}")
-    p.add_argument("--preset", default="imagenette", help="settings of the protocols: smoke, demo, imagenette or paper (the authors')")
+    p.add_argument("--preset", default=None,
+        help="settings of the protocols: smoke, demo, imagenette or paper (the authors') (default: that of the run's scale, or of the "
+             "scale whose backbone and size it has; else, and for --dry-run, imagenette)")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-        help="setting of the protocols to change, e.g. lr=0.04, epochs=20 or milestones=12,16; may be repeated (all: the classes "
+        help="setting of the protocols to change, e.g. lr=0.04, epochs=20, milestones=12,16 or cached_passes=none; for semi also "
+             "labels_file=1percent.txt,10percent.txt, the published lists of labelled images; may be repeated (all: the classes "
              "LinearProtocol, DetectionProtocol, ... in lewel.evaluate)")
     p.add_argument("--out", default=None, help="folder for the record (default: START/evaluation if START is a run)")
     p.add_argument("--backbone", default=None, help="architecture that a weight file or 'random' is for (default: resnet50)")

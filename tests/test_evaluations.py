@@ -3,7 +3,9 @@ import json, shutil, signal
 from contextlib import contextmanager
 import numpy as np, pytest, torch
 from PIL import Image
-from lewel.evaluate import finetune
+from conftest import draw
+from lewel.data import FolderSet
+from lewel.evaluate import finetune, knn, linear
 from lewel.results import read_record
 from test_commands import refused
 
@@ -69,9 +71,11 @@ def test_dense_protocol(protocol, tmp_path, run):
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == sorted([f"{protocol}.png", "record.json"])
     assert run("evaluate", *argv).code == 0 and read_record(tmp_path/"out") == record
 
-def test_semi_stopped_and_resumed(labelled, tmp_path, run, monkeypatch):
-    "SIGTERM while fine-tuning: exit code 143; the same command goes on and ends with the same numbers, without repeating kNN."
-    argv = "random", "--data", labelled, "--protocol", "knn,semi", *SMALL
+@pytest.mark.parametrize("protocol", ["linear", "semi"])
+def test_training_stopped_and_resumed(protocol, labelled, tmp_path, run, monkeypatch):
+    "SIGTERM while training: exit code 143; the same command goes on and ends with the same numbers, without repeating kNN."
+    argv, trained, fit = ("random", "--data", labelled, "--protocol", f"knn,{protocol}", *SMALL), [], linear.fit_linear
+    monkeypatch.setattr(linear, "fit_linear", lambda *a: trained.append(fit(*a)) or trained[-1])
     assert run("evaluate", *argv, "--out", tmp_path/"whole").code == 0
     class Later(list):
         "Signals that arrive after a few looks."
@@ -88,6 +92,82 @@ def test_semi_stopped_and_resumed(labelled, tmp_path, run, monkeypatch):
     assert done.code == 0 and "resuming" in done.out and "knn, scale" not in done.out
     assert read_record(tmp_path/"out")["metrics"] == read_record(tmp_path/"whole")["metrics"]
     assert [p.name for p in (tmp_path/"out").iterdir()] == ["record.json"]
+    assert protocol == "semi" or torch.equal(trained[0].weight, trained[1].weight) and torch.equal(trained[0].bias, trained[1].bias)
+
+def stop_when(monkeypatch, owner, name, number=signal.SIGTERM):
+    "From now on the first call of a function brings a signal."
+    function, calls = getattr(owner, name), []
+    def call(*args, **kw):
+        calls.append(1)
+        if len(calls) == 1: signal.raise_signal(number)
+        return function(*args, **kw)
+    monkeypatch.setattr(owner, name, call)
+
+@pytest.mark.parametrize("owner, name", [(knn, "center_view"), (knn, "count_votes"), (FolderSet, "fingerprint")], ids=["features", "votes", "opening"])
+def test_stopped_where_nothing_is_saved(owner, name, tmp_path, run, monkeypatch):
+    "One line, exit code 143, no lock and no folder left; the same command then does it all."
+    for split in "train", "val":
+        for c, tint in ("a", 0), ("b", 127): draw(tmp_path/"data"/split/c, 5, [(40, 50), (44, 40)], tint=tint)
+    argv = "random", "--data", tmp_path/"data", "--protocol", "knn", *SMALL, "--out", tmp_path/"out"
+    with monkeypatch.context() as m:
+        stop_when(m, owner, name)
+        done = run("evaluate", *argv)
+    assert (done.code, done.err) == (143, "lewel-evaluate: stopped by SIGTERM; saved nothing: the same command goes on from there\n") and not (tmp_path/"out").exists()
+    assert run("evaluate", *argv).code == 0
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_while_passes_are_cached(workers, tmp_path, run, monkeypatch):
+    "What was done before is named and kept, also where the process itself decodes the images: no image is taken for a broken one."
+    for split in "train", "val":
+        for c, tint in ("a", 0), ("b", 127): draw(tmp_path/"data"/split/c, 9, [(40, 50), (44, 40)], tint=tint)
+    argv = "random", "--data", tmp_path/"data", *SMALL, "--workers", workers, "--out", tmp_path/"out"
+    with monkeypatch.context() as m:
+        stop_when(m, linear, "gathered")
+        done = run("evaluate", *argv)
+    assert done.code == 143 and f"saved {tmp_path/'out/partial.json'}: the same" in done.err and "skipped" not in done.err
+    assert [p.name for p in (tmp_path/"out").iterdir()] == ["partial.json"]
+    done = run("evaluate", *argv)
+    assert done.code == 0 and "knn, scale" not in done.out and read_record(tmp_path/"out")["data"]["skipped"] == []
+
+def test_a_time_budget_stops_an_evaluation(labelled, tmp_path, run):
+    "At once, not when its protocol is over."
+    done = run("evaluate", "random", "--data", labelled, "--protocol", "knn", *SMALL, "--out", tmp_path/"out", "--max-minutes", 1e-6)
+    assert done.code == 142 and "stopped by the end of its time budget; saved nothing" in done.err and not (tmp_path/"out").exists()
+
+def test_cache_that_does_not_fit(labelled, tmp_path, run, monkeypatch):
+    "Refused with the remedy, before the protocol ahead of it is begun."
+    monkeypatch.setattr(linear, "free_memory", lambda: 30_000)
+    argv = "random", "--data", labelled, "--backbone", "small", "--size", 64, "--device", "cpu", "--preset", "demo", "--out", tmp_path/"out"
+    done = run("evaluate", *argv)
+    assert done.code == 2 and "cache 1 (--protocol linear --option cached_passes=1), or none" in done.err and len(done.err.splitlines()) == 1, done.err
+    assert "knn, scale" not in done.out and not (tmp_path/"out").exists()
+    for few in 1, "none": assert run("evaluate", *argv[:-1], tmp_path/f"{few}", "--protocol", "linear", "--option", f"cached_passes={few}", "--option", "epochs=2").code == 0
+
+def test_published_lists(labelled, tmp_path, run):
+    "--option labels_file: a missing list, one for two parts and an unknown name are refused before anything is computed; the record names list and content, no folder."
+    file = tmp_path/"10percent.txt"
+    file.write_text("a/000.png\nb/001.png\nb/002.png\n")
+    def evaluated(lists, out): return run("evaluate", "random", "--data", labelled, "--protocol", "knn,semi" if out == "bad" else "semi", *SMALL, "--option", f"labels_file={lists}", "--out", tmp_path/out)
+    refused(evaluated(f"none,{tmp_path}/none.txt", "bad"), "evaluate", "unknown option of knn")
+    for lists, words in (f"none,{tmp_path}/none.txt", "no list of labelled images at"), (file, "names 1 for 2 parts of the labels (1%, 10%)"): refused(evaluated(lists, "out"), "evaluate", words)
+    assert evaluated(f"none,{file}", "out").code == 0
+    part = read_record(tmp_path/"out")["recipe"]["protocols"]["semi"]["parts"][1]
+    assert part["labels_file"].split()[0] == "10percent.txt" and str(tmp_path) not in json.dumps(read_record(tmp_path/"out"))
+    file.write_text("a/000.png\nc/001.png\n")
+    done = evaluated(f"none,{file}", "other")
+    assert done.code == 2 and f"{file} line 2: no image 'c/001.png'" in done.err and "step" not in done.out
+
+def test_preset_of_the_run(finished, labelled, tmp_path, run):
+    "Unless it is named, the preset is that of the scale whose network the run has."
+    done = run("evaluate", finished, "--data", labelled, "--protocol", "linear", "--device", "cpu", "--out", tmp_path/"out")
+    assert done.code == 0 and "preset smoke" in done.out and read_record(tmp_path/"out")["recipe"]["protocols"]["linear"]["epochs"] == linear.LINEAR["smoke"].epochs
+
+def test_record_of_a_checkpoint(finished, labelled, tmp_path, run):
+    "It says what was evaluated; the record of a finished run has no such key."
+    for start, out in (finished, "run"), (finished/"best.pt", "best"): assert run("evaluate", start, "--data", labelled, "--protocol", "knn", "--device", "cpu", "--out", tmp_path/out).code == 0
+    trained, known = read_record(finished), read_record(tmp_path/"best")["checkpoint"]
+    assert known["run"] == trained["id"] and known["recipe"] == trained["recipe"] and known["git"] == trained["git"] and known["step"] == 0 and known["epoch"] in (1, 2)
+    assert "checkpoint" not in read_record(tmp_path/"run")
 
 def test_weight_file(finished, labelled, tmp_path, run):
     "An exported backbone is evaluated like the run it came from; one that lacks a tensor is refused by its name."
