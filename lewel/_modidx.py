@@ -806,7 +806,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lewel.views.to_device': ('views.html#to_device', 'lewel/views.py'),
                              'lewel.views.triangle_': ('views.html#triangle_', 'lewel/views.py'),
                              'lewel.views.uniforms': ('views.html#uniforms', 'lewel/views.py')},
-            'lewel.visualize': { 'lewel.visualize.draw_architecture': ('visualize.html#draw_architecture', 'lewel/visualize.py'),
+            'lewel.visualize': { 'lewel.visualize._line_of': ('visualize.html#_line_of', 'lewel/visualize.py'),
+                                 'lewel.visualize._seeds_of': ('visualize.html#_seeds_of', 'lewel/visualize.py'),
+                                 'lewel.visualize.draw_architecture': ('visualize.html#draw_architecture', 'lewel/visualize.py'),
                                  'lewel.visualize.draw_bars': ('visualize.html#draw_bars', 'lewel/visualize.py'),
                                  'lewel.visualize.draw_box': ('visualize.html#draw_box', 'lewel/visualize.py'),
                                  'lewel.visualize.draw_ends': ('visualize.html#draw_ends', 'lewel/visualize.py'),
@@ -830,5 +832,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lewel.visualize.plot_gains': ('visualize.html#plot_gains', 'lewel/visualize.py'),
                                  'lewel.visualize.plot_table': ('visualize.html#plot_table', 'lewel/visualize.py'),
                                  'lewel.visualize.save_figure': ('visualize.html#save_figure', 'lewel/visualize.py'),
+                                 'lewel.visualize.seed_of': ('visualize.html#seed_of', 'lewel/visualize.py'),
                                  'lewel.visualize.show_maps': ('visualize.html#show_maps', 'lewel/visualize.py'),
                                  'lewel.visualize.show_training': ('visualize.html#show_training', 'lewel/visualize.py')}}}

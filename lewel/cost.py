@@ -573,7 +573,7 @@ def evaluation_plan(
     "The evaluations of a seed's runs; also passing, MiB that are on disk while an evaluation runs."
     s, results, r, sections = settings, f"results/{settings.scale}", get_recipe("byol", settings.scale), list(data_plan(settings))
     def state(name): # MiB
-        if name in ("knn", "linear"): return 0
+        if name == "knn": return 0
         parts = len(protocols["semi"].presets[s.scale].parts) if name == "semi" else 1
         return parts*2*4*protocol_counts(name, s.scale, r.backbone, r.size)["trained"]/2**20
     for method in ("random", *recipes[s.scale], "supervised"):

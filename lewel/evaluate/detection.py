@@ -336,7 +336,7 @@ def show_detections(
     for i, column in enumerate(axes.T):
         for ax, objects in zip(column, (images.target(i), found[i])): draw_objects(ax, images.image(i), objects, images.classes, least)
     for ax, name in zip(axes[:, 0], ("ground truth", "predictions")): ax.set_ylabel(name)
-    return finish(fig, caption)
+    return finish(fig, caption, f"Predictions: boxes with a score of at least {least:g}, each with its class and score.")
 
 # %% ../../nbs/24_evaluate_detection.ipynb #cd6e8d53
 def check_boxes(

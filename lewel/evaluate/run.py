@@ -205,7 +205,7 @@ def run_protocols(
     "Run the protocols that are not done yet, after the checks of all. Raises `Stopped`."
     partial, jobs = Partial(out, identity), {}
     for n in (n for n in settings if n not in partial.done):
-        title = f"{info['method']} seed {info['seed']} | {n}, scale {scale}"
+        title = f"{info['method']} seed {info['seed']} | {n}, scale {scale}, {identity}"
         jobs[n] = net, *sets[protocols[n].sets], settings[n], Given(size, info["seed"], device, title, out/f"{n}.pt", out/f"{n}.png", workers)
         protocols[n].check(*jobs[n])
     for n, job in jobs.items():
