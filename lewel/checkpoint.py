@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['format_version', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'restore', 'check_same_recipe',
-           'load_method', 'load_run']
+           'check_same_run', 'load_method', 'load_run']
 
 # %% ../nbs/14_checkpoint.ipynb #3b4a71c5
 import random
@@ -93,6 +93,22 @@ def check_same_recipe(
     changed = "; ".join(f"{k}: {old.get(k)!r} -> {v!r}" for k, v in asdict(new).items() if old.get(k) != v)
     if changed:
         raise UserError(f"{path} was started with another recipe ({changed}); use the same settings to resume, or another output folder")
+
+# %% ../nbs/14_checkpoint.ipynb #c30201ea
+def check_same_run(
+    path, # the checkpoint's file or the run's folder, for the message
+    old:dict, # what `load_checkpoint` or `read_record` gave
+    recipe:Recipe, # asked for
+    builds_on:list, # the weights to start from that are asked for, named as in a record
+    accumulate:int, # the parts of a batch that are asked for
+):
+    "Raises `UserError` naming what differs."
+    check_same_recipe(path, old["recipe"], recipe)
+    weights = lambda names: ", ".join(names) or "fresh weights"
+    changes = [("start", "started from", weights(old.get("builds_on", builds_on)), weights(builds_on)),
+               ("accumulate", "trained with accumulate", old.get("accumulate", accumulate), accumulate)]
+    for option, what, before, now in changes:
+        if before != now: raise UserError(f"{path} was {what} {before}, not {now}; use the same {option} to resume, or another output folder")
 
 # %% ../nbs/14_checkpoint.ipynb #b66fd7a6
 def load_method(

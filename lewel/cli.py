@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Help', 'Parser', 'first_process', 'run_command', 'add_recipe_options', 'recipe_from', 'add_budget', 'add_dry_run',
            'listed', 'check_given', 'pretrain_parser', 'logger_callbacks', 'dry_pretrain', 'dry_evaluate',
-           'pretrain_summary', 'pretrain_command', 'evaluate_command', 'export_command', 'bench_command']
+           'pretrain_summary', 'recorded_scale', 'pretrain_command', 'evaluate_command', 'export_command',
+           'bench_command']
 
 # %% ../nbs/30_cli.ipynb #d0e56f0b
 import argparse, errno, os, sys
@@ -49,7 +50,7 @@ def run_command(
         if type(e).__name__ != "OutOfMemoryError": raise         # torch's, which is not imported here
         code, message = 1, f"the GPU's memory is too small ({str(e).splitlines()[0]}): use a smaller batch, or --accumulate where the command has it"
     together = isinstance(message, (Stopped, NonFiniteLoss)) or code == 130         # what all processes of torchrun meet at once
-    if first_process() or not together: print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}", file=sys.stderr)
+    if first_process() or not together: print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}\n", end="", file=sys.stderr)     # one write, see `warn`
     return code
 
 # %% ../nbs/30_cli.ipynb #0cef8f6e
@@ -121,7 +122,9 @@ def pretrain_parser()->Parser:
         help="folder of images (train/ and val/ are found, class folders optional), 'imagenette' (downloaded) or 'scenes' (embedded)")
     p.add_argument("--out", help="folder of the run: last.pt, best.pt, curve.csv, record.json")
     p.add_argument("--method", default="lewel_b", help="mocov2, lewel_m, byol or lewel_b; at the paper's scale also lewel_b_syncbn")
-    p.add_argument("--scale", default="imagenette", help=f"where defaults come from: {', '.join(recipes)}")
+    p.add_argument("--scale", default="imagenette",
+        help=f"where defaults come from: {', '.join(recipes)}; the record names it if --data is its own ('imagenette' or, "
+             "for smoke and demo, 'scenes'), and else says 'custom'")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
         help="option of the method, e.g. groups=8 or global_weight=0.3; may be repeated (all: lewel.methods.method_defaults)")
     p.add_argument("--view-option", action="append", default=[], metavar="NAME=VALUE",
@@ -131,14 +134,16 @@ def pretrain_parser()->Parser:
     p.add_argument("--workers", type=int, default=2, help="processes that decode images when they are streamed from files")
     p.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of skipping it")
     p.add_argument("--accumulate", type=int, default=1,
-        help="parts in which a batch goes through the network, one after the other, to save memory")
+        help="parts in which a batch goes through the network, one after the other, to save memory; BatchNorm then sees the parts "
+             "and not the batch, so results differ, and a run goes on only with the same number")
     p.add_argument("--compile", action="store_true",
         help="torch.compile both networks: a minute at the beginning, and on a GPU perhaps faster steps; results differ by rounding")
     add_dry_run(p, "the recipe's, but at most 8 on the CPU and 128 on a GPU")
     p.add_argument("--start", default=None, metavar="FILE",
         help="weights to start from: the authors' checkpoint (LEWEL_B, whole), or a backbone in any format that lewel-evaluate reads")
     add_budget(p)
-    p.add_argument("--log-every", type=int, default=10, help="steps between rows of curve.csv")
+    p.add_argument("--log-every", type=int, default=None,
+        help="steps between rows of curve.csv; by default 10, or so many that there are about 10,000 rows at most")
     p.add_argument("--save-every", type=int, default=None,
         help="steps between checkpoints, beside those at the end of an epoch and every five minutes")
     p.add_argument("--monitor-every", type=int, default=1, help="epochs between kNN monitors where there are labels; 0: never")
@@ -207,6 +212,13 @@ def pretrain_summary(
     if skipped: parts.append(f"{skipped} unreadable image{'s' * (skipped > 1)} skipped")
     return f"{record['id']}: {', '.join(parts)}"
 
+def recorded_scale(
+    scale:str, # asked for
+    data:str, # what is trained on, as the user named it
+)->str: # `scale`, or "custom"
+    "What the record says of a scale: its name, if the images are its own."
+    return scale if data == dict(smoke="scenes", demo="scenes", imagenette="imagenette").get(scale) else "custom"
+
 def pretrain_command(argv=None):
     "lewel-pretrain"
     from lewel.pretrain import pretrain, time_budget
@@ -215,10 +227,9 @@ def pretrain_command(argv=None):
         recipe = recipe_from(a)
         if a.dry_run: return print(dry_pretrain(recipe, a))
         time_budget(a.max_minutes)
-        scale = a.scale if a.data in ("scenes", "imagenette") else "custom"
         record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, a.snapshots,
-                          scale=scale, start=a.start, progress=a.progress, cbs=logger_callbacks(a.logger if first_process() else "none", a.out),
-                          accumulate=a.accumulate, compile=a.compile)
+                          scale=recorded_scale(a.scale, a.data), start=a.start, progress=a.progress,
+                          cbs=logger_callbacks(a.logger if first_process() else "none", a.out), accumulate=a.accumulate, compile=a.compile)
         if first_process(): print(f"{pretrain_summary(record)}; {a.out}/record.json")
     return run_command(pretrain_parser(), action, argv)
 

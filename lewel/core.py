@@ -94,4 +94,4 @@ def warn(
     message:str, # one line
 ):
     "Print a one-line warning on standard error."
-    print(f"lewel: {message}", file=sys.stderr, flush=True)
+    print(f"lewel: {message}\n", end="", file=sys.stderr, flush=True)

@@ -139,8 +139,8 @@ def list_images(
     found = []
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(where, f).relative_to(folder).as_posix() for f in files
-                  if not f.startswith(".") and os.path.splitext(f)[1].lower() in EXTENSIONS]
+        below = "" if Path(where) == Path(folder) else Path(where).relative_to(folder).as_posix() + "/"
+        found += [below + f for f in files if not f.startswith(".") and os.path.splitext(f)[1].lower() in EXTENSIONS]
     return sorted(found)
 
 # %% ../nbs/01_data.ipynb #af1edfee
@@ -197,8 +197,11 @@ def shared_size(
     self:FolderSet
 )->tuple|None: # (height, width) if all images agree, else None
     "The one size of all images; gives up at the first that differs."
-    first = self.read(0, image_size)[0]
-    return first if all(self.read(i, image_size)[0] == first for i in range(1, len(self))) else None
+    if self._sizes is None:
+        first = self.read(0, image_size)[0]
+        if any(self.read(i, image_size)[0] != first for i in range(1, len(self))): return None
+        self._sizes = np.full((len(self), 2), first, dtype=np.int64)
+    return tuple(self._sizes[0].tolist()) if (self._sizes == self._sizes[0]).all() else None
 
 @patch
 def fingerprint(
@@ -290,6 +293,7 @@ def open_folder(
     root, # folder, in one of the three layouts
     split:str="train", # "train" or "val"
     strict:bool=False, # raise at an unreadable image instead of skipping it
+    train_classes:list|None=None, # class names of the train split, where it is open already: else "val" lists it, too
 )->FolderSet: # images in the order of their names, with labels if there are class folders
     "Open a folder of images; raises `UserError` where the folder cannot be what was meant."
     root = _check_folder(root)
@@ -301,7 +305,7 @@ def open_folder(
     if len(classes) == 1: raise UserError(f"{folder} has the one class folder {classes[0]!r}, and class folders need at least two: "
                                           f"to pretrain without labels, give the folder that holds the images, {folder/classes[0]}")
     if split == "val" and has_split(root, "train"):
-        extra, classes = classes, class_names(_images_in(root, "train")[1]) or classes
+        extra, classes = classes, train_classes or class_names(_images_in(root, "train")[1]) or classes
         if extra := sorted(set(extra) - set(classes)): raise UserError(f"class {extra[0]!r} of {folder} is not among the {len(classes)} classes of the train split: rename or remove it")
     index = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([index[p.split("/")[0]] for p in paths])
@@ -322,14 +326,15 @@ def open_data(
     split:str="train", # "train" or "val"; scenes also have "test"
     size:int=64, # side of the generated scenes, pixels; files keep their own size
     strict:bool=False, # raise at an unreadable image instead of skipping it
+    train_classes:list|None=None, # see `open_folder`
 )->MemorySet|FolderSet: # in memory when all images have one size and fit
     "Open a data set; raises `UserError`."
     if str(data) == "scenes":
         from lewel.scenes import scenes
         return scenes(split, size=size)
-    folder = open_folder(imagenette_folder() if str(data) == "imagenette" else data, split, strict)
-    shared = folder.shared_size()
-    return folder.to_memory() if shared and len(folder)*3*shared[0]*shared[1] <= MEMORY_LIMIT else folder
+    folder = open_folder(imagenette_folder() if str(data) == "imagenette" else data, split, strict, train_classes)
+    height, width = folder.read(0, image_size)[0]
+    return folder.to_memory() if len(folder)*3*height*width <= MEMORY_LIMIT and folder.shared_size() else folder
 
 # %% ../nbs/01_data.ipynb #48e16226
 def label_fraction(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Precision', 'NonFiniteLoss', 'Curve',
-           'monitor_sets', 'Monitor', 'Stopped', 'time_budget', 'noting_signals', 'maximum_over_ranks',
-           'from_all_ranks', 'from_first_rank', 'check_same', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device',
-           'peak_memory_mb', 'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory',
-           'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
-           'check_least', 'lock_output', 'held_output', 'check_space', 'pick_progress', 'describe', 'train',
-           'compile_networks', 'pretrain', 'StopAt']
+           'steps_between_rows', 'monitor_sets', 'Monitor', 'Stopped', 'time_budget', 'noting_signals',
+           'maximum_over_ranks', 'from_all_ranks', 'from_first_rank', 'check_same', 'first_of_node',
+           'shared_fingerprint', 'Checkpoints', 'Snapshots', 'Bars', 'pick_device', 'peak_memory_mb',
+           'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory', 'check_positions',
+           'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'check_least', 'lock_output',
+           'held_output', 'check_space', 'pick_progress', 'announced', 'describe', 'train', 'compile_networks',
+           'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, fcntl, math, os, resource, shutil, signal, sys, threading, time
@@ -28,7 +29,7 @@ from fastprogress.core import IN_NOTEBOOK, format_time
 from torch import nn
 from .backbones import own_name
 from .core import UserError, atomic_write, check_choice, warn
-from .checkpoint import check_same_recipe, load_checkpoint, restore, save_checkpoint
+from .checkpoint import check_same_run, load_checkpoint, restore, save_checkpoint
 from .data import ImageSet, has_split, open_data
 from .diagnostics import diagnose, measure
 from .evaluate.knn import extract_features, frozen, knn_accuracy
@@ -214,20 +215,29 @@ def show(self:Curve):
     print(f"{r.method} seed {r.seed} | epoch {self.learn.step/len(self.loader):.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {loss:.3f} | "
           f"{rate:.{0 if rate >= 10 else 1}f} images/s | {format_time(left)} left", flush=True)
 
+# %% ../nbs/16_pretrain.ipynb #a06a2fb9
+def steps_between_rows(
+    total_steps:int, # of the training
+)->int: # ten, or as many as 10,000 rows leave
+    "How often the curve gets a row unless the user says so."
+    return max(10, math.ceil(total_steps/10_000))
+
 # %% ../nbs/16_pretrain.ipynb #8e1df8bc
 def monitor_sets(
     images:ImageSet, # training images
     val:ImageSet=None, # validation images
     memory_size:int=4000, # at most so many images as memory
     query_size:int=1000, # and so many queries
-)->tuple: # memory and queries, or None without labels
+)->tuple: # memory, queries, and what to call the queries; None without labels
     "Evenly spaced parts of the labelled images for the kNN monitor."
     if images.labels is None: return None
     part = lambda s, n, size: s.subset(torch.linspace(0, n - 1, min(n, size)).long())
-    if val is not None and val.labels is not None: return part(images, len(images), memory_size), part(val, len(val), query_size)
+    if val is not None and val.labels is not None:
+        return part(images, len(images), memory_size), part(val, len(val), query_size), f"validation images of {val.name}"
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held = max(len(images)//5, 1)
-    return images.subset(shuffled[held:held + memory_size]), images.subset(shuffled[:min(held, query_size)])
+    what = f"images of {images.name}, left out of its memory (there are no labelled validation images)"
+    return images.subset(shuffled[held:held + memory_size]), images.subset(shuffled[:min(held, query_size)]), what
 
 class Monitor(Callback):
     "kNN accuracy (k = 20) after each `every` epochs and at the end, as a column of the curve."
@@ -239,7 +249,7 @@ class Monitor(Callback):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         self.curve.flush()
         if world()[0]: return
-        (m, ml), (q, ql) = (extract_features(self.model.backbone, s, self.recipe.size, self.dls.device) for s in self.sets)
+        (m, ml), (q, ql) = (extract_features(self.model.backbone, s, self.recipe.size, self.dls.device) for s in self.sets[:2])
         top1 = knn_accuracy(m, ml, q, ql, k=20, temperature=0.1)["top1"]
         self.curve.rows[-1]["knn_top1"] = top1
         self.improved = top1 > self.best
@@ -316,12 +326,27 @@ def check_same(
     values = from_all_ranks(value)
     if any(v != value for v in values): raise UserError(f"the processes differ in {what} ({', '.join(map(str, values))}): all nodes need the same images and one output folder that they share")
 
+def first_of_node(
+)->bool: # True alone, and without torchrun
+    "Whether this process looks at this node's files for the others."
+    return world()[1] == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+def shared_fingerprint(
+    images:ImageSet, # of this process
+    everyone:bool, # whether each process takes its own; else the first of each node does, and nodes are compared
+)->str: # see `lewel.data`
+    "The fingerprint of the images, for which every file has to be looked at. Raises `UserError`, in all processes, unless all have the same."
+    mine = images.fingerprint() if everyone or first_of_node() else None
+    fingerprint = from_all_ranks(mine)[0]
+    check_same("images", mine or fingerprint)
+    return fingerprint
+
 # %% ../nbs/16_pretrain.ipynb #d0317d33
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
-    def __init__(self, out, fingerprint, signals, precision, every_steps=None, every_minutes=5.):
-        self.out, self.fingerprint, self.signals, self.precision = Path(out), fingerprint, signals, precision
+    def __init__(self, out, fingerprint, builds_on, signals, precision, every_steps=None, every_minutes=5.):
+        self.out, self.fingerprint, self.builds_on, self.signals, self.precision = Path(out), fingerprint, builds_on, signals, precision
         self.every_steps, self.every_minutes, self.saved, self.git = every_steps, every_minutes, time.time(), code_state()
 
     def save(self, *names, epoch):
@@ -338,7 +363,8 @@ class Checkpoints(Callback):
         best = self.monitor.best if hasattr(self.learn, "monitor") else -1.
         for name in names:
             save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader), self.model, self.opt.opt, self.precision.scaler,
-                            data=self.fingerprint, images=self.loader.images.name, git=self.git, curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best, skipped=list(skipped))
+                            data=self.fingerprint, images=self.loader.images.name, builds_on=self.builds_on, accumulate=self.learn.accumulate, git=self.git,
+                            curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best, skipped=list(skipped))
         write_curve(self.out, curve.rows)
 
     def after_batch(self):
@@ -357,7 +383,7 @@ def load(self:Checkpoints,
 )->int: # steps behind it
     "Go on from `last.pt`."
     state = load_checkpoint(self.out/"last.pt")
-    check_same_recipe(self.out/"last.pt", state["recipe"], learn.recipe)
+    check_same_run(self.out/"last.pt", state, learn.recipe, self.builds_on, learn.accumulate)
     if state["data"] != self.fingerprint: raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
     restore(state, learn.model, learn.opt.opt, self.precision.scaler)
     if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available(): torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
@@ -438,11 +464,10 @@ def process_group(
 @contextmanager
 def first_alone():
     "The first process of each node goes in before the others, e.g. to download; an error is everybody's."
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first and world()[1] > 1: dist.barrier()
+    if not first_of_node(): dist.barrier()
     try: yield
     finally:
-        if first and world()[1] > 1: dist.barrier()
+        if first_of_node() and world()[1] > 1: dist.barrier()
 
 # %% ../nbs/16_pretrain.ipynb #1ebc7202
 def keep_freed_memory():
@@ -473,20 +498,20 @@ def open_pair(
     if not isinstance(data, (str, Path)): raise UserError(f"data is a {type(data).__name__}: give a folder, 'scenes', 'imagenette', or a set such as lewel.data.MemorySet(images, labels)")
     train = open_data(data, "train", size, strict)
     known = str(data) in ("scenes", "imagenette")
-    return train, open_data(data, "val", size, strict) if known or has_split(data, "val") else None
+    return train, open_data(data, "val", size, strict, train.classes) if known or has_split(data, "val") else None
 
 def finished(
     out:Path, # folder of the run
     recipe:Recipe, # asked for
     fingerprint:str, # of the images
     builds_on:list, # weights that it starts from
+    accumulate:int, # parts of a batch
 )->dict: # its record, or None if there is none
-    "The record of a run that is complete, weights and all. Raises `UserError` if it is one of another recipe, other images or other starting weights."
+    "The record of a run that is complete, weights and all. Raises `UserError` if it is another run than the one asked for."
     if not ((out/"record.json").exists() and (out/"last.pt").exists()): return None
     record = read_record(out)
-    check_same_recipe(out, record["recipe"], recipe)
+    check_same_run(out, record, recipe, builds_on, accumulate)
     if record["data"]["fingerprint"] != fingerprint: raise UserError(f"{out} holds a finished run on other images; choose another output folder")
-    if record["builds_on"] != builds_on: raise UserError(f"{out} holds a finished run that started from {', '.join(record['builds_on']) or 'random weights'}; choose another output folder")
     return record
 
 # %% ../nbs/16_pretrain.ipynb #e5a700d5
@@ -591,6 +616,20 @@ def pick_progress(
     check_choice("progress", progress, ("auto", "bars", "lines", "none"))
     return progress if progress != "auto" else "bars" if IN_NOTEBOOK or sys.stdout.isatty() else "lines"
 
+# %% ../nbs/16_pretrain.ipynb #e5910cfe
+@contextmanager
+def announced(
+    what:str, # is being done within it
+    shown:bool=True, # False: say nothing
+    after:float=5., # seconds that pass first
+):
+    "Print a line about what is being done, unless it is done sooner."
+    timer = threading.Timer(after, lambda: print(f"{what} ...", flush=True))
+    timer.daemon = True
+    if shown: timer.start()
+    try: yield
+    finally: timer.cancel()
+
 # %% ../nbs/16_pretrain.ipynb #23ce975f
 def describe(
     learn:Pretraining, # about to train
@@ -598,8 +637,7 @@ def describe(
     "What a training found, and what it is going to do."
     images, r, monitor = learn.loader.images, learn.recipe, getattr(learn, "monitor", None)
     found = f"{images.name}: {len(images):,} images{', read from files' if hasattr(images, 'root') else ''}, " + (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels")
-    judged = f"kNN monitor: {len(monitor.sets[1]):,} images of {monitor.sets[1].name}" if monitor else "no kNN monitor"
-    if monitor and monitor.sets[1].name == images.name: judged += ", left out of its memory (there is no validation part)"
+    judged = f"kNN monitor: {len(monitor.sets[1]):,} {monitor.sets[2]}" if monitor else "no kNN monitor"
     return f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, {r.batch_size} images each, {r.size} px, lr {r.lr:g}, on {learn.dls.device} | {judged}"
 
 # %% ../nbs/16_pretrain.ipynb #28c242dd
@@ -640,7 +678,7 @@ def pretrain(
     device:str="auto", # "auto", "cpu" or "cuda"
     workers:int=0, # processes that decode images when they are streamed from files
     strict:bool=False, # stop at an unreadable image instead of skipping it
-    log_every:int=10, # steps between rows of the curve
+    log_every:int=None, # steps between rows of the curve; None: see `steps_between_rows`
     save_every:int=None, # steps between checkpoints, beside those at the end of an epoch and every five minutes
     monitor_every:int=1, # epochs between kNN monitors; 0: never
     snapshots:int=0, # at how many moments, evenly spread from the beginning to the end, the online network's weights are kept
@@ -648,13 +686,14 @@ def pretrain(
     progress:str="auto", # "bars", "lines", "none"; auto: bars in a terminal or notebook, lines elsewhere
     backbone:nn.Module=None, # a module to train instead of the one that the recipe names
     cbs=(), # more fastai callbacks, e.g. TensorBoardCallback(trace_model=False, log_preds=False)
-    accumulate:int=1, # parts in which a batch goes through the network, one after the other
+    accumulate:int=1, # parts in which a batch goes through the network, one after the other; BatchNorm sees each by itself
     start=None, # weight file to start from, see `lewel.interop.start_from`; None: fresh weights
     compile:bool=False, # see `compile_networks`
 )->dict: # the run's record
     "Pretrain a method on images, in all processes of torchrun if it was started by it. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
     out, device, progress = Path(out), local_device(device), pick_progress(progress)
-    check_least(workers=(workers, 0), log_every=(log_every, 1), save_every=(save_every or 0, 0), monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
+    check_least(workers=(workers, 0), save_every=(save_every or 0, 0), monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
+    if log_every is not None: check_least(log_every=(log_every, 1))
     if device.type == "cpu": keep_freed_memory()
     forget_peak_memory(device)
     with process_group(device):
@@ -663,9 +702,10 @@ def pretrain(
         if backbone is not None: recipe = recipe.changed(backbone=own_name(backbone))
         method = prepare_method(recipe, backbone)
         builds_on = [start_from(method, start)] if start else []
-        with first_alone(): images, val = open_pair(data, recipe.size, strict)
-        check_same("images", fingerprint := images.fingerprint())
-        done = finished(out, recipe, fingerprint, builds_on)
+        with announced(f"looking at the files of {getattr(data, 'name', data)}: a million takes minutes", progress != "none"):
+            with first_alone(): images, val = open_pair(data, recipe.size, strict)
+            fingerprint = shared_fingerprint(images, everyone=images is data)
+        done = finished(out, recipe, fingerprint, builds_on, accumulate)
         if (record := from_first_rank(lambda: done)) is not None:
             if progress != "none": print(f"{record['id']} is finished: {out}/record.json", flush=True)
             return record
@@ -675,7 +715,8 @@ def pretrain(
         sets = monitor_sets(images, val) if monitor_every else None
         precision = Precision(recipe.precision, device)
         with held_output(out), noting_signals() as signals:
-            callbacks = [Steps(), precision, Curve(log_every, progress == "lines"), Checkpoints(out, fingerprint, signals, precision, save_every), *([Monitor(sets, monitor_every)] if sets else []),
+            callbacks = [Steps(), precision, Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines"),
+                         Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *([Monitor(sets, monitor_every)] if sets else []),
                          *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else []), *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             check_space(out, method)

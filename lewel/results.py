@@ -94,6 +94,7 @@ def run_id(
     check_keys(record, (*IDENTITY, "data"))
     check_keys(record["data"], ["fingerprint"])
     identity = {k: record[k] for k in IDENTITY} | dict(data=record["data"]["fingerprint"])
+    if (parts := record.get("accumulate", 1)) != 1: identity["accumulate"] = parts
     digest = hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()
     return f"{record['method']}-s{record['seed']}-{digest[:6]}"
 

@@ -5,11 +5,11 @@ from importlib.metadata import entry_points
 import pytest, torch
 from conftest import draw
 from torchvision.models import resnet18
-from lewel import cli
+from lewel import cli, data
 from lewel.checkpoint import load_checkpoint, load_run
 from lewel.core import UserError
 from lewel.paper import Recipe
-from lewel.pretrain import Pretraining
+from lewel.pretrain import Pretraining, open_pair
 from lewel.results import read_curve, read_record
 
 def weights(out): return load_checkpoint(out/"last.pt")["method"]
@@ -192,6 +192,19 @@ def test_class_folders_give_a_monitor(finished):
     assert list(accuracy.index) == [1, 2] and accuracy.between(0, 100).all()
     assert metrics["monitor_knn_top1"] == accuracy[2] and metrics["monitor_knn_top1_best"] == accuracy.max() == load_checkpoint(finished/"best.pt")["best"]
 
+def test_first_line_says_what_the_monitor_looks_at(labelled, tmp_path, train):
+    "The validation split, though both splits have the folder's name; without one, a part of the training images."
+    assert "kNN monitor: 12 validation images of labelled\n" in train(labelled, tmp_path/"both").out
+    said = train(labelled/"train", tmp_path/"one").out
+    assert "kNN monitor: 6 images of train, left out of its memory (there are no labelled validation images)\n" in said
+
+def test_each_split_is_listed_once(labelled, monkeypatch):
+    "The classes of the validation split are known from the training split, which is not listed again for them."
+    listed, list_images = [], data.list_images
+    monkeypatch.setattr(data, "list_images", lambda folder: listed.append(folder.name) or list_images(folder))
+    train, val = open_pair(labelled, 32, False)
+    assert listed == ["train", "val"] and val.classes == train.classes == ["a", "b"]
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_compiled(labelled, finished, tmp_path, train):
     "--compile: the losses of the first epoch to 1e-3, the same names in the checkpoint, and the record says so."
@@ -221,6 +234,7 @@ def test_finished_run_refuses_other_recipe_and_images(flat, labelled, finished, 
     before = (out/"last.pt").read_bytes()
     refused(train(labelled, out, "--epochs", 3), "pretrain", "epochs: 2 -> 3")
     refused(train(flat, out), "pretrain", "other images")
+    refused(train(labelled, out, "--accumulate", 2), "pretrain", "accumulate 1, not 2")
     assert (out/"last.pt").read_bytes() == before and read_record(out) == read_record(finished)
 
 def test_record_without_weights_is_trained_again(labelled, finished, tmp_path, train):

@@ -43,6 +43,12 @@ def run(recipe, out, *cbs, **more):
 class KeepModel(Callback):
     def after_fit(self): self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
 
+class OverflowInOne(KeepModel):
+    "In the second step the loss of the second process is too large for float16; notes the scale after each step."
+    def __init__(self): self.scales = []
+    def after_loss(self): self.learn.loss_grad = self.loss_grad*(1e30 if self.learn.step == 1 and world()[0] else 1)
+    def after_batch(self): self.scales.append(self.precision.scaler.get_scale())
+
 def long_run(root): return options(root/"data", root/"killed", "--method", "lewel_m", "--epochs", 100, "--batch-size", 4, "--save-every", 1, "--monitor-every", 0)
 
 def short_run(root, out): return options(root/"data", out, "--method", "lewel_b", "--option", "target_norm=params", "--epochs", 1, "--batch-size", 8)
@@ -54,7 +60,12 @@ def work(root):
         rank = world()[0]
         seen = {name: run(recipe, root/name) for name, recipe in RECIPES.items()}
         seen["stopped"] = run(LONG, root/"stopped", *([StopAt(4)] if rank else [Callback()]))       # only the second one is told
+        seen["begun"] = run(LONG, root/"begun")                                                     # by one process, see `job`
         run(RECIPES["lewel_b"], root/"parts", accumulate=2)
+        half = OverflowInOne()
+        pretrain(RECIPES["lewel_m"].changed(precision="float16"), scenes("train", n=24, size=32), root/"half", "cpu", monitor_every=0, progress="none", cbs=[half])
+        (a, scales), (b, others) = from_all_ranks((half.state, half.scales))
+        assert all(torch.equal(v, b[k]) for k, v in a.items()) and scales == others and scales[1] == scales[0]/2, (scales, others)
         for name, norm in ("lewel_m", "eman"), ("mocov2", "params"):                                # BatchNorm per process
             kept, recipe = KeepModel(), RECIPES[name].changed(options=RECIPES[name].options | dict(target_norm=norm))
             pretrain(recipe, scenes("train", n=24, size=32), root/f"{name}_{norm}", "cpu", monitor_every=1, progress="none", cbs=[kept])
@@ -88,6 +99,7 @@ def job(tmp_path_factory):
     "What two processes did until the second was killed: their folder, torchrun's exit code, and what they said."
     root = tmp_path_factory.mktemp("two")
     draw(root/"data", 48)
+    run(LONG, root/"begun", StopAt(4))
     lock = lock_output(root/"held")
     process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, root],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONWARNINGS="ignore"))
@@ -147,6 +159,17 @@ def test_stops_together_and_goes_on_alone(two, tmp_path):
     rest = run(LONG, two/"stopped")
     assert list(rest) == [4, 5] and seen | rest == whole
     assert gap(two/"stopped", tmp_path/"whole") < 1e-9
+
+def test_begins_alone_and_goes_on_with_two(two, tmp_path):
+    "One process stops in the second epoch, two go on: the images of the remaining steps, and the weights, of a run that never stopped."
+    whole, rest = run(LONG, tmp_path/"whole"), torch.load(two/"seen.pt")["begun"]
+    assert list(rest) == [4, 5] and all(rest[step] == whole[step] for step in rest)
+    assert gap(two/"begun", tmp_path/"whole") < 1e-9 and read_record(two/"begun")["processes"] == 2
+
+def test_an_overflow_in_one_process_is_everybodys(two):
+    "float16: both skip the step and halve the scale (asserted there), and the target does not move for it."
+    state = load_checkpoint(two/"half/last.pt")
+    assert state["method"]["updates"] == 2 and all(t.isfinite().all() for t in state["method"].values())
 
 def test_only_the_first_process_writes(two):
     "One curve, one record, and the monitor's column; nothing is left over."

@@ -1,5 +1,6 @@
 "What goes wrong on real machines: kills, signals, broken images, full disks, diverging losses."
-import os, re, resource, shutil, signal, subprocess, sys, time
+import json, os, re, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
 import pytest, torch
 from conftest import draw, options
 from fastai.callback.core import Callback
@@ -149,7 +150,8 @@ def half(flat, tmp_path, train, callbacks):
     return tmp_path/"out"
 
 @pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.05 -> 0.5"]), (["--option", "groups=8"], ["groups", "8"]), (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
-                                         (["--seed", 1, "--epochs", 3], ["seed: 0 -> 1", "epochs: 2 -> 3"])], ids=["lr", "option", "method", "two"])
+                                         (["--seed", 1, "--epochs", 3], ["seed: 0 -> 1", "epochs: 2 -> 3"]), (["--accumulate", 4], ["accumulate 1, not 4"])],
+                         ids=["lr", "option", "method", "two", "accumulate"])
 def test_resume_refuses_another_recipe(more, words, half, flat, train):
     "All that changed is named, and the checkpoint stays."
     before = (half/"last.pt").read_bytes()
@@ -159,6 +161,27 @@ def test_resume_refuses_another_recipe(more, words, half, flat, train):
 def test_resume_refuses_other_images(half, labelled, train):
     "Steps counted on one set mean nothing on another."
     refused(train(labelled, half), "pretrain", "other images")
+
+def test_resume_refuses_another_start(half, finished, flat, tmp_path, train, callbacks):
+    "Fresh weights for those of a file, and the other way round; with the same file it goes on, and the record names it."
+    out, start = tmp_path/"started", ("--start", finished/"last.pt")
+    callbacks(StopAt(2))
+    assert train(flat, out, *start).code == 143
+    callbacks()
+    refused(train(flat, out), "pretrain", out/"last.pt", "started from last.pt ", "not fresh weights", "use the same start")
+    refused(train(flat, out, "--start", half/"last.pt"), "pretrain", "started from last.pt ", ", not last.pt ")
+    refused(train(flat, half, *start), "pretrain", half/"last.pt", "started from fresh weights, not last.pt ")
+    named = load_checkpoint(out/"last.pt")["builds_on"]
+    assert train(flat, out, *start).code == 0 and read_record(out)["builds_on"] == named != []
+    refused(train(flat, out), "pretrain", f"started from {named[0]}, not fresh weights")
+    refused(train(flat, out, *start, "--accumulate", 2), "pretrain", "accumulate 1, not 2")
+
+def test_checkpoint_of_an_earlier_version_goes_on(half, whole, flat, train):
+    "One that says neither where it started nor in how many parts."
+    state = load_checkpoint(half/"last.pt")
+    torch.save({k: v for k, v in state.items() if k not in ("builds_on", "accumulate")}, half/"last.pt")
+    assert len(state) == len(load_checkpoint(half/"last.pt")) + 2
+    assert train(flat, half).code == 0 and same(weights(half), whole)
 
 def garble(path): path.write_bytes(b"garbage")
 def truncate(path): path.write_bytes(path.read_bytes()[:-3000])
@@ -381,6 +404,39 @@ def test_a_run_moves_to_another_place(labelled, tmp_path, train):
     assert train(labelled, tmp_path/"out", *argv, "--max-minutes", 0.0001).code == 142
     for old, new in (labelled, "data"), (tmp_path/"out", "moved"): shutil.copytree(old, tmp_path/"elsewhere"/new)
     shutil.rmtree(tmp_path/"out")
-    assert train(tmp_path/"elsewhere"/"data", tmp_path/"elsewhere"/"moved", *argv).code == 0
+    done = train(tmp_path/"elsewhere"/"data", tmp_path/"elsewhere"/"moved", *argv)
+    assert done.code == 0 and re.search(r"resuming .*moved at step [1-9]", done.out)
     assert train(labelled, tmp_path/"whole", *argv).code == 0
     assert same(weights(tmp_path/"elsewhere"/"moved"), weights(tmp_path/"whole"))
+
+# --- a job of Slurm
+
+STUBS = dict( # what the commands of Slurm do here, in the folder of the job
+    srun='echo "$SRUN_CPUS_PER_TASK $*" > srun.asked; trap "exit 1" TERM; echo $$ > srun.pid; until [ -e fail ]; do sleep .02; done; exit 1',
+    scancel='[ "$*" = "--signal=TERM 7" ] && kill -TERM "$(cat srun.pid)"',
+    scontrol='if [ "$1" = show ]; then echo node0; echo node1; else echo "$*" >> requeued; fi')
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    "The script of the notebook as a job of its own, whose srun has begun."
+    cells = json.loads((Path(__file__).parent.parent/"nbs/16_pretrain.ipynb").read_text())["cells"]
+    script, = (m[1] for c in cells for m in re.finditer(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", "".join(c["source"]), re.S))
+    for name, does in STUBS.items():
+        (tmp_path/name).write_text(f"#!/bin/bash\n{does}\n"); (tmp_path/name).chmod(0o755)
+    env = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[0-1]", SLURM_CPUS_PER_TASK="64")
+    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
+    limit = time.time() + 60
+    while not (tmp_path/"srun.pid").exists(): assert job.poll() is None and time.time() < limit; time.sleep(.02)
+    yield job
+    (tmp_path/"fail").touch(); job.wait(60)
+
+@pytest.mark.parametrize("ends", ["the time is up", "finished just then", "a failure"])
+def test_slurm_job_is_queued_again_only_after_a_stop(ends, slurm_job, tmp_path):
+    "At its signal the script passes SIGTERM on, waits for srun, and asks for another turn; not of a run that is complete, nor after a failure."
+    if ends == "finished just then": (tmp_path/"runs/lewel_b").mkdir(parents=True); (tmp_path/"runs/lewel_b/record.json").touch()
+    if ends == "a failure": (tmp_path/"fail").touch()
+    else: slurm_job.send_signal(signal.SIGUSR1)
+    slurm_job.wait(60)
+    assert (tmp_path/"srun.asked").read_text().startswith("64 torchrun --nnodes 2 ") and "--rdzv-endpoint node0:29500" in (tmp_path/"srun.asked").read_text()
+    asked = (tmp_path/"requeued").read_text() if (tmp_path/"requeued").exists() else ""
+    assert asked == ("requeue 7\n" if ends == "the time is up" else "")
