@@ -65,4 +65,4 @@ def test_page_leads_to_the_records(tmp_path):
     page = write_page(shutil.copytree(demo, tmp_path/"demo")).read_text()
     for kind in "runs", "evaluations", "ablations", "cost":
         for path in (demo/kind).rglob("record.json"): assert f'href="{path.relative_to(demo).as_posix()}"' in page
-    assert "<li>|" not in page and ">default-uniform</td>" in page and "<strong>LEWEL_B gains under none of these conditions</strong>" in page
+    assert "<li>|" not in page and ">default-uniform</td>" in page and "<strong>LEWEL_B: no gain over BYOL could be shown under any of these conditions</strong>" in page
