@@ -326,8 +326,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'lewel/evaluate/detection.py'),
                                           'lewel.evaluate.detection.show_detections': ( 'evaluate_detection.html#show_detections',
                                                                                         'lewel/evaluate/detection.py'),
-                                          'lewel.evaluate.detection.synchronized': ( 'evaluate_detection.html#synchronized',
-                                                                                     'lewel/evaluate/detection.py'),
                                           'lewel.evaluate.detection.train_detector': ( 'evaluate_detection.html#train_detector',
                                                                                        'lewel/evaluate/detection.py'),
                                           'lewel.evaluate.detection.training_image': ( 'evaluate_detection.html#training_image',

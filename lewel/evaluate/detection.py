@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DETECTION', 'RATIOS', 'BatchNorm', 'DETECTRON2_HEADS', 'DETECTRON2_CONVS', 'DetectionProtocol', 'layer_shapes',
-           'RoIPool', 'C4Head', 'c4_parts', 'Pyramid', 'fpn_parts', 'proposal_network', 'detector', 'synchronized',
-           'backbone_names', 'training_image', 'batches_ahead', 'send_batch', 'detection_sgd', 'average_norms',
-           'train_detector', 'predict', 'show_detections', 'check_boxes', 'predict_all', 'evaluate_detection',
-           'detectron2_head', 'detectron2_names', 'detectron2_state']
+           'RoIPool', 'C4Head', 'c4_parts', 'Pyramid', 'fpn_parts', 'proposal_network', 'detector', 'backbone_names',
+           'training_image', 'batches_ahead', 'send_batch', 'detection_sgd', 'average_norms', 'train_detector',
+           'predict', 'show_detections', 'check_boxes', 'predict_all', 'evaluate_detection', 'detectron2_head',
+           'detectron2_names', 'detectron2_state']
 
 # %% ../../nbs/24_evaluate_detection.ipynb #dcec3c10
 import copy, math, re
@@ -201,13 +201,7 @@ def detector(
     rpn = proposal_network(trunk.out_channels, len(getattr(trunk, "strides", ())) + 1, protocol)
     heads = heads(pool, head, predictor, 0.5, 0.5, protocol.rois, 0.25, None, 0.05, 0.5, 100)
     resize = GeneralizedRCNNTransform(protocol.sizes, protocol.longest, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    return synchronized(GeneralizedRCNN(trunk, rpn, heads, resize))
-
-def synchronized(
-    model:nn.Module, # with BatchNorm
-)->nn.Module: # the same, or a copy with SyncBN
-    "Share BatchNorm's statistics where torch.distributed is initialized."
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if torch.distributed.is_initialized() else model
+    return GeneralizedRCNN(trunk, rpn, heads, resize)
 
 # %% ../../nbs/24_evaluate_detection.ipynb #34b556b9
 def backbone_names(
@@ -257,7 +251,7 @@ def send_batch(
     return [x.to(device) for x, _ in batch], [{k: v.to(device) for k, v in t.items()} for _, t in batch]
 
 # %% ../../nbs/24_evaluate_detection.ipynb #e3615cd8
-BatchNorm = nn.modules.batchnorm._BatchNorm # SyncBN too
+BatchNorm = nn.modules.batchnorm._BatchNorm # of any dimension
 
 def detection_sgd(
     model:nn.Module, # whose parameters are trained

@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from ..boxes import BoxSet
 from ..core import UserError
 from .ap import average_precision, encode_masks
-from .detection import DetectionProtocol, RoIPool, check_boxes, detector, predict, predict_all, show_detections, synchronized, train_detector
+from .detection import DetectionProtocol, RoIPool, check_boxes, detector, predict, predict_all, show_detections, train_detector
 from ..visualize import save_figure
 
 # %% ../../nbs/25_evaluate_instance.ipynb #5c3275f6
@@ -76,7 +76,7 @@ def instance_detector(
     heads.mask_predictor = MaskRCNNPredictor(channels, width, num_classes + 1)
     nn.init.normal_(heads.mask_predictor.mask_fcn_logits.weight, std=0.001)
     for layer in heads.mask_predictor.conv5_mask, heads.mask_predictor.mask_fcn_logits: nn.init.zeros_(layer.bias)
-    return synchronized(model)
+    return model
 
 # %% ../../nbs/25_evaluate_instance.ipynb #aa219160
 def evaluate_instance(
