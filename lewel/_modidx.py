@@ -181,6 +181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lewel.cost.classes_of': ('cost.html#classes_of', 'lewel/cost.py'),
                             'lewel.cost.compare_costs': ('cost.html#compare_costs', 'lewel/cost.py'),
                             'lewel.cost.conclude_cost': ('cost.html#conclude_cost', 'lewel/cost.py'),
+                            'lewel.cost.condition_plan': ('cost.html#condition_plan', 'lewel/cost.py'),
                             'lewel.cost.cost_report': ('cost.html#cost_report', 'lewel/cost.py'),
                             'lewel.cost.cost_table': ('cost.html#cost_table', 'lewel/cost.py'),
                             'lewel.cost.count_parameters': ('cost.html#count_parameters', 'lewel/cost.py'),

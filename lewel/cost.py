@@ -8,8 +8,8 @@ __all__ = ['NUMBERS', 'CLASSES', 'builders', 'NO_MEMORY', 'trainings', 'SUSTAINE
            'protocol_counts', 'process_peak_mb', 'measured', 'fresh', 'Lap', 'pretrain_briefly', 'noise_masks',
            'noise_boxes', 'evaluate_briefly', 'gpu_hours', 'method_cost', 'training_images', 'protocol_cost', 'number',
            'duration', 'memory_at', 'cost_report', 'data_plan', 'pretrain_work', 'evaluation_work', 'job', 'torchrun',
-           'run_plan', 'evaluations_of', 'evaluation_plan', 'ablation_plan', 'plan', 'print_plan', 'compare_costs',
-           'cost_table', 'write_cost', 'conclude_cost']
+           'run_plan', 'evaluations_of', 'evaluation_plan', 'ablation_plan', 'condition_plan', 'plan', 'print_plan',
+           'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
 # %% ../nbs/28_cost.ipynb #e6f6caf7
 import math, re, signal, time
@@ -39,7 +39,7 @@ from .evaluate.semi import SUPERVISED, fit_part
 from .experiments import Settings, evaluation_groups
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
-from .paper import Recipe, ablation_factors, ablation_runs, get_recipe, recipes, views_of
+from .paper import Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes, views_of
 from .pretrain import Precision, Pretraining, Steps, check_least, compile_networks, create_optimizer
 from .pretrain import keep_freed_memory, peak_memory_mb, pick_device
 from .results import PAIRS, environment, scale_note, write_record
@@ -500,11 +500,11 @@ def evaluation_work(
 
 # %% ../nbs/28_cost.ipynb #47c5b3fa
 def job(
-    notebook:str, # "pretrain", "supervised", "evaluate" or "ablation"
+    notebook:str, # "pretrain", "supervised", "evaluate", "ablation" or "condition"
     settings:Settings, # scale, device, max_minutes
     name:str, # of the run
     mark:str, # end of the file that says it is over
-    **parameters, # of the notebook
+    **parameters, # of the notebook; None: it has no such parameter
 )->str:
     "The command of a job, see the Snakefile."
     s, results = settings, f"results/{settings.scale}"
@@ -513,7 +513,7 @@ def job(
     words += [f"{results}/notebooks/{copy}.ipynb", f"{results}/marks/{name}.{mark}"]
     if notebook == "evaluate": words.append(f"--needs {results}/runs/{parameters['method']}-s{parameters['seed']}")
     parameters = dict(scale=s.scale, device=s.device, max_minutes=s.max_minutes) | parameters
-    return " ".join([*words, *(f"{k}={v}" for k, v in parameters.items())])
+    return " ".join([*words, *(f"{k}={v}" for k, v in parameters.items() if v is not None)])
 
 # %% ../nbs/28_cost.ipynb #1b5a456e
 GPUS = dict(paper=8) # scale -> GPUs of a run, where it needs more than one (method.md section 5)
@@ -603,6 +603,16 @@ def ablation_plan(
             yield dict(name=f"{name} ({len(runs)} runs)", command=command, first=[c for c in several if c], work=sum(map(work, runs.values())),
                        kept=sum(2*method_counts(r)["checkpoint_mb"] for r in runs.values()), section="data")
 
+def condition_plan(
+    settings:Settings, # see `plan`
+): # as `run_plan`
+    "The runs under other conditions, if they are asked for."
+    for condition, method, seed in condition_runs() if settings.conditions else ():
+        r, name = condition_recipe(condition, method, seed), f"{condition}/{method}-s{seed}"
+        command = job("condition", settings, name, "conditioned", scale=None, condition=condition, method=method, seed=seed, out=f"results/{settings.scale}/conditions/{name}")
+        work = pretrain_work(r, IMAGES[settings.scale]) + evaluation_work(["knn", "linear"], settings.scale, r)
+        yield dict(name=name, command=command, work=work, kept=2*method_counts(r)["checkpoint_mb"], section="data")
+
 # %% ../nbs/28_cost.ipynb #f3c3eb45
 def plan(
     settings:Settings, # scale, seeds, device and where the data is
@@ -613,7 +623,7 @@ def plan(
     s, needs = settings, data_plan(settings)
     most = max(s.seeds, s.dense_seeds, s.ablation_seeds)
     kinds = (run_plan, s.seeds), (evaluation_plan, most), (ablation_plan, most)
-    rows = [row for kind, seeds in kinds for seed in range(seeds) for row in kind(s, seed)]
+    rows = [row for kind, seeds in kinds for seed in range(seeds) for row in kind(s, seed)] + list(condition_plan(s))
     def gb(mb): return mb*2**20/1e9
     return [dict(name=r["name"], command=r["command"], first=r.get("first", []), gpu_hours=gpu_hours(r["work"], sustained),
                  minutes=r.get("minutes"), disk_gb=gb(r["kept"]), passing_gb=gb(r.get("passing", 0)),
@@ -646,7 +656,7 @@ def _print_totals(rows, extra, needs, sustained):
     (hours, gb), (here, _), (more, more_gb) = map(_totals, (rows, [r for r in rows if not r["missing"]], extra))
     print(f"\n{number(hours)} GPU-hours in all{' but the ablations' if extra else ''}, {number(here)} of them with data that is here. Estimated by "
           f"multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second: arithmetic only. To decode images and to launch "
-          "kernels takes time as well, with small networks and images more than half of it. Training only, without the tests on the test sets.")
+          "kernels takes time as well. Training only, without the tests on the test sets.")
     print(f"Disk: {number(gb)} GB of checkpoints (last.pt and best.pt of every run; evaluations keep none, their states of at most "
           f"{number(max(r['passing_gb'] for r in rows))} GB each are removed), {number(sum(d['gb'] for d in needs))} GB of data, as far as its size is known.")
     if extra: print(f"With the ablations of one seed: {number(hours + more)} GPU-hours, {number(gb + more_gb)} GB of checkpoints.")

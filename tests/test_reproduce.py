@@ -2,9 +2,10 @@
 import os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from lewel.paper import condition_runs
 from lewel.core import atomic_write
-from lewel.experiments import only_one
+from lewel.cost import condition_plan
+from lewel.experiments import Settings, only_one
+from lewel.paper import condition_runs
 from lewel.results import read_records
 
 root = Path(__file__).resolve().parent.parent
@@ -80,6 +81,8 @@ def test_conditions_when_asked_for():
     assert code == 0, err
     assert {tuple(found) for found in re.findall(r" condition=(\S+) method=(\S+) seed=(\d+) ", out + err)} == {(c, m, str(s)) for c, m, s in condition_runs()}
     assert "figure_conditions.ipynb results=results/demo" in out + err
+    planned = [r["command"] for r in condition_plan(Settings("demo", conditions=1))]
+    assert all(re.sub(" +", " ", command) in " ".join((out + err).split()) for command in planned) and len(planned) == len(condition_runs())
 
 def test_slurm_profile(tmp_path, monkeypatch):
     "As `make reproduce` calls Snakemake with the profile: it accepts it, and every job would ask for a GPU, though the login node has none."
