@@ -91,7 +91,7 @@ def test_slurm_profile(tmp_path, monkeypatch):
     nothing.write_text("#!/bin/sh\nexit 1\n"); nothing.chmod(0o755)
     def options(*given):
         "What make passes on."
-        code, out, err = call("make", "-n", "reproduce", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/installed", *given, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        code, out, err = call("make", "--no-print-directory", "-n", "reproduce", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/installed", *given, PATH=f"{tmp_path}:{os.environ['PATH']}")
         assert code == 0, err
         return shlex.split(out.split("experiments/reproduce.py")[1])
     profile = "SNAKEMAKE=--profile experiments/slurm"
