@@ -124,6 +124,8 @@ def recipe_name(
     return next((name for at_scale in recipes.values() for name, r in at_scale.items() if r.changed(seed=recipe.seed) == recipe), recipe.method)
 
 # %% ../nbs/12_paper.ipynb #83d01dd3
+_baseline = dict(lewel_m="mocov2", lewel_b="byol") # of a LEWEL method
+
 def ablation_factors(
     method:str, # "lewel_m" or "lewel_b"
     scale:str="demo", # which recipe they go around
@@ -147,7 +149,7 @@ def ablation_runs(
     def recipe(m):
         r = get_recipe(m, scale, seed=seed)
         return r.changed(epochs=r.epochs//2, warmup_epochs=min(r.warmup_epochs, r.epochs//2 - 1))
-    if factor == "default": return {m: recipe(m) for m in (method, dict(lewel_m="mocov2", lewel_b="byol")[method])}
+    if factor == "default": return {m: recipe(m) for m in (method, _baseline[method])}
     factors = ablation_factors(method, scale)
     values = list(factors[check_choice("factor", factor, ["default", *factors])].items())[1:]
     return {f"{method}-{factor}-{label}".replace(" ", "-"): recipe(method).changed(options=recipe(method).options | change) for label, change in values}
@@ -189,9 +191,8 @@ def condition_recipe(
 
 def condition_runs()->list: # (folder, method, seed), each once
     "All runs of `conditions`: of a LEWEL method and of its baseline."
-    baseline = dict(lewel_m="mocov2", lewel_b="byol")
     return list(dict.fromkeys((condition_folder(c, m), m, seed) for c, methods in conditions.items() for method, seeds in methods.items() for seed in seeds
-                              for m in (baseline.get(method, method), method)))
+                              for m in (_baseline.get(method, method), method)))
 
 # %% ../nbs/12_paper.ipynb #0d8fefa6
 _lewel, _emans, _moco2 = "LEWEL authors' README", "EMAN authors' README", "MoCo authors' README"

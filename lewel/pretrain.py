@@ -326,6 +326,7 @@ def check_same(
     values = from_all_ranks(value)
     if any(v != value for v in values): raise UserError(f"the processes differ in {what} ({', '.join(map(str, values))}): all nodes need the same images and one output folder that they share")
 
+# %% ../nbs/16_pretrain.ipynb #7d6e8214
 def first_of_node(
 )->bool: # True alone, and without torchrun
     "Whether this process looks at this node's files for the others."
