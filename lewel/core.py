@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'METHODS', 'PROTOCOLS', 'UserError', 'check_choice', 'parse_option', 'atomic_write', 'write_failure',
-           'read_failures', 'warn']
+           'read_failures', 'warn', 'pace']
 
 # %% ../nbs/00_core.ipynb #78ad95f8
 import difflib, json, os, sys, tempfile
@@ -95,3 +95,15 @@ def warn(
 ):
     "Print a one-line warning on standard error."
     print(f"lewel: {message}\n", end="", file=sys.stderr, flush=True)
+
+# %% ../nbs/00_core.ipynb #030567cc
+def pace(
+    done:int, # steps that this process has taken
+    left:int, # steps to come
+    seconds:float, # that those done took
+    images:int=1, # in a step
+)->str: # for a line of progress
+    "How many images a second, and the time that is left at this rate."
+    from fastprogress.core import format_time           # takes a third of a second: not for who only starts a job
+    rate = done*images/seconds
+    return f"{rate:,.{0 if rate >= 10 else 1}f} images/s | {format_time(seconds/max(done, 1)*left)} left"

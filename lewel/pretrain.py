@@ -25,10 +25,10 @@ from fastai.data.core import DataLoaders
 from fastai.learner import AvgSmoothLoss, CancelBackwardException, CancelEpochException, CancelStepException, CancelValidException, Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
-from fastprogress.core import IN_NOTEBOOK, format_time
+from fastprogress.core import IN_NOTEBOOK
 from torch import nn
 from .backbones import own_name
-from .core import UserError, atomic_write, check_choice, warn
+from .core import UserError, atomic_write, check_choice, pace, warn
 from .checkpoint import check_same_run, load_checkpoint, restore, save_checkpoint
 from .data import ImageSet, has_split, open_data
 from .diagnostics import diagnose, measure
@@ -209,11 +209,9 @@ def show(self:Curve):
     now = time.time() - self.started
     if not self.lines or (now - self.printed < 10 and self.learn.step < self.total_steps): return
     self.printed, done = now, self.learn.step - self.first_step
-    left = now/max(done, 1)*(self.total_steps - self.learn.step)
     loss, r = torch.stack(self.pending)[:, 0].mean().item() if self.pending else self.rows[-1]["loss"], self.recipe
-    rate = done*r.batch_size/now
     print(f"{r.method} seed {r.seed} | epoch {self.learn.step/len(self.loader):.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {loss:.3f} | "
-          f"{rate:.{0 if rate >= 10 else 1}f} images/s | {format_time(left)} left", flush=True)
+          f"{pace(done, self.total_steps - self.learn.step, now, r.batch_size)}", flush=True)
 
 # %% ../nbs/16_pretrain.ipynb #a06a2fb9
 def steps_between_rows(

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from fastprogress.core import format_time
 from ..checkpoint import rng_state, set_rng_state
-from ..core import UserError, atomic_write
+from ..core import UserError, atomic_write, pace
 from ..data import epoch_order
 from ..interop import read_weights
 from ..pretrain import NonFiniteLoss, Stopped, noting_signals
@@ -84,8 +83,7 @@ def _restore(state_file, identity, model, optimizer):
 
 def _progress(title, step, first, steps, loss, batch_size, started):
     "A line: where we are and how long it will take."
-    spent = time.time() - started
-    print(f"{title} | step {step}/{steps} | loss {loss:.3f} | {(step - first)*batch_size/spent:.1f} images/s | {format_time(spent/(step - first)*(steps - step))} left", flush=True)
+    print(f"{title} | step {step}/{steps} | loss {loss:.3f} | {pace(step - first, steps - step, time.time() - started, batch_size)}", flush=True)
 
 # %% ../../nbs/18_evaluate_finetune.ipynb #b234af89
 def finetune(

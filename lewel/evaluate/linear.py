@@ -7,7 +7,7 @@ __all__ = ['LINEAR', 'LinearProtocol', 'Batches', 'batches_from', 'fit_linear', 
            'check_cache', 'evaluate_linear']
 
 # %% ../../nbs/17_evaluate_linear.ipynb #a7c51c5e
-import math, re, time
+import math, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -18,7 +18,7 @@ from ..backbones import num_features
 from ..core import UserError
 from ..data import ImageSet, epoch_order
 from .finetune import StepSchedule, finetune
-from .knn import check_labels, extract_features, frozen, gathered, pooled, topk_accuracy
+from .knn import check_labels, extract_features, frozen, gathered, pooled, told, topk_accuracy
 from ..interop import weights_fingerprint
 from ..pretrain import NonFiniteLoss
 from ..views import ViewLoader, ViewRecipe
@@ -126,14 +126,13 @@ def cached(
     protocol:LinearProtocol, # how many passes to keep, batch size
     seed:int=0, # of the order
     device="cpu", # to work on
-    title:str="", # begins a line for each pass that takes more than ten seconds; empty: none are printed
+    title:str="", # begins the lines of progress; empty: none are printed
 )->Batches:
     "Features of `cached_passes` passes, computed now; epoch e uses pass e modulo their number."
     passes = []
     for batches.epoch in range(protocol.cached_passes):
-        batches.start, started = 0, time.time()
-        passes.append(gathered(batches, len(batches)*protocol.batch_size))
-        if title and time.time() - started > 10: print(f"{title} | features of pass {len(passes)} of {protocol.cached_passes}", flush=True)
+        batches.start, n = 0, len(batches)*protocol.batch_size
+        passes.append(gathered(told(batches, n, title and f"{title} | features of pass {len(passes) + 1} of {protocol.cached_passes}"), n))
     def make(epoch, start):
         x, y = passes[epoch % len(passes)]
         for part in torch.from_numpy(epoch_order(len(x), seed, epoch)).split(protocol.batch_size)[start:]: yield x[part].to(device), y[part].to(device)
@@ -186,7 +185,7 @@ def evaluate_linear(
     check_labels(train, "the training images"); check_labels(test, "the test images")
     device = torch.device(device or next(backbone.parameters()).device)
     check_cache(backbone, train, protocol, size)
-    x, y = extract_features(backbone, test, size, device, workers=workers)
+    x, y = extract_features(backbone, test, size, device, workers=workers, title=title)
     batches = streamed(backbone, train, protocol, size, seed, device, workers)
     if protocol.cached_passes: batches = cached(batches, protocol, seed, device, title)
     identity = state_file and f"linear on {train.name} {train.fingerprint()}, weights {weights_fingerprint(backbone)}, size {size}, seed {seed}, {protocol}"

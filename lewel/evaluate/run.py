@@ -83,7 +83,7 @@ class Protocol(NamedTuple):
 def _instance(name, presets): return Protocol(box_sets, presets, lambda b, train, test, p, given: {f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
 
 protocols = dict(
-    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device, workers=given.workers)),
+    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device, workers=given.workers, title=given.title)),
     linear=Protocol(evaluation_sets, LINEAR, lambda b, train, test, p, given: evaluate_linear(b, train, test, p, *given[:5], workers=given.workers),
                     lambda b, train, test, p, given: check_cache(b, train, p, given.size)),
     semi=Protocol(evaluation_sets, SEMI, lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5], workers=given.workers),
