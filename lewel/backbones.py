@@ -61,7 +61,7 @@ def small_resnet(
 # %% ../nbs/04_backbones.ipynb #24422e97
 @torch.no_grad()
 def num_features(
-    backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
+    backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
     size:int=64, # side of the square image it is shown, in pixels
 )->int: # C
     "Channels of a backbone's feature map. Raises `UserError` if it cannot take the image, or what comes back is not a map, or one whose channels come last."
@@ -78,9 +78,9 @@ def num_features(
     finally:
         for m, mode in modes: m.training = mode
     if not (isinstance(shape, tuple) and len(shape) == 4):
-        raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x H x W to a feature map B x C x h x w; it returned {shape}. "
+        raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x height x width to a feature map B x C x H x W; it returned {shape}. "
                         "Leave off its pooling and classifier.")
-    if shape[3] == wide[3] and shape[1:3] != wide[1:3]: raise UserError(f"backbone {type(backbone).__name__} gives {shape} for a square image and {wide} for one of twice the width: channels must come second, so permute its output to B x C x h x w")
+    if shape[3] == wide[3] and shape[1:3] != wide[1:3]: raise UserError(f"backbone {type(backbone).__name__} gives {shape} for a square image and {wide} for one of twice the width: channels must come second, so permute its output to B x C x H x W")
     return shape[1]
 
 # %% ../nbs/04_backbones.ipynb #beadc961
@@ -94,7 +94,7 @@ def own_name(
 # %% ../nbs/04_backbones.ipynb #35c9f58d
 def create_backbone(
     backbone="resnet50", # "small", a name of `resnets`, a timm model's name where timm is installed, or any module that gives a feature map
-)->nn.Module: # B x 3 x H x W -> B x C x h x w
+)->nn.Module: # B x 3 x height x width -> B x C x H x W
     "A backbone that gives feature maps. Raises `UserError` for an unknown name."
     if isinstance(backbone, nn.Module): return backbone
     if backbone == "small": return small_resnet()

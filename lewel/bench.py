@@ -304,7 +304,7 @@ def installed(
 class LightlyBYOL(nn.Module):
     "BYOL made of lightly's parts, in the way of its documentation."
     def __init__(self,
-        backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
+        backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
         hidden_dim:int, # of head and predictor
         dim:int, # d
     ):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SPLITS', 'MEMORY_LIMIT', 'ImageSet', 'MemorySet', 'UnreadableImage', 'decode_image', 'image_size',
            'list_images', 'FolderSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_folder',
-           'open_data', 'label_fraction', 'epoch_order']
+           'open_data', 'label_fraction', 'epoch_order', 'Ahead']
 
 # %% ../nbs/01_data.ipynb #9286388d
 import copy, hashlib, itertools, os, sys
@@ -359,3 +359,29 @@ def epoch_order(
 )->np.ndarray: # int64 permutation of range(n)
     "The order in which an epoch visits the images: a pure function of its arguments."
     return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(n)
+
+# %% ../nbs/01_data.ipynb #e92615a4
+class Ahead:
+    "The prepared images of a step, and those of the next one under way."
+    def __init__(self,
+        draws, # step -> a tuple for each of its images: the arguments of `prepare`
+        prepare, # (arguments) -> a prepared image; called in threads
+        steps:int, # how many there are
+        workers:int=2, # threads, at least one
+    ):
+        self.draws, self.prepare, self.steps, self.ahead = draws, prepare, steps, {}
+        self.pool = ThreadPoolExecutor(max(workers, 1))
+
+    def start(self,
+        step:int, # counted from 0
+    )->list: # of futures, one per image
+        "Have the images of a step made, if there is such a step."
+        return [self.pool.submit(self.prepare, *draw) for draw in (self.draws(step) if step < self.steps else ())]
+
+    def __call__(self,
+        step:int, # counted from 0
+    )->list: # of what `prepare` returned
+        "The images of a step, in their order."
+        made = self.ahead.pop(step, None) or self.start(step)
+        self.ahead = {step + 1: self.start(step + 1)}
+        return [f.result() for f in made]

@@ -39,14 +39,14 @@ def effective_rank(
 
 # %% ../nbs/11_diagnostics.ipynb #e8d962fb
 def map_entropy(
-    maps:torch.Tensor, # B x d x h x w, each map sums to 1 over its h*w > 1 positions
+    maps:torch.Tensor, # B x d x H x W, each map sums to 1 over its H*W > 1 positions
 )->torch.Tensor: # scalar in [0, 1]
     "Mean entropy of maps relative to the uniform map's: 1 if uniform, 0 if on one pixel. No device sync. Raises `UserError` for 1 x 1 maps."
-    h, w = maps.shape[-2:]
-    if h*w == 1:
+    positions = maps.shape[-2:].numel()
+    if positions == 1:
         raise UserError("alignment maps have a single position, so there is nothing to choose between: "
                         "use larger images or a backbone with a smaller stride")
-    return torch.special.entr(maps.float()).sum((-2, -1)).mean()/math.log(h*w)
+    return torch.special.entr(maps.float()).sum((-2, -1)).mean()/math.log(positions)
 
 # %% ../nbs/11_diagnostics.ipynb #ae903205
 @torch.no_grad()

@@ -102,7 +102,7 @@ def draw_pair(
 
 # %% ../nbs/27_visualize.ipynb #e17d7ba8
 def pick_maps(
-    maps:torch.Tensor, # B x d x h x w, each sums to 1
+    maps:torch.Tensor, # B x d x H x W, each sums to 1
     n:int, # how many, at most d
 )->list: # n indices of maps, the most selective first
     "Selective maps that differ from each other: greedily, by cosine, from the quarter with the lowest mean entropy. Raises `UserError` if there are fewer than `n`."
@@ -123,8 +123,8 @@ def pick_maps(
 # %% ../nbs/27_visualize.ipynb #df23e701
 def overlay(
     ax:mpl.axes.Axes, # where to draw
-    view:torch.Tensor, # 3 x H x W, normalized
-    weights:torch.Tensor, # h x w: a map, sums to 1
+    view:torch.Tensor, # 3 x height x width, normalized
+    weights:torch.Tensor, # H x W: a map, sums to 1
 ):
     "Lay a map over its image: color from its own minimum to its own maximum, and in print below how far these are from uniform (1.00)."
     low, high = weights.min().item(), weights.max().item()
@@ -139,8 +139,8 @@ NOTE = "Color: each map from its own minimum to its own maximum.\nNumbers: these
 @torch.no_grad()
 def maps_of(
     method:torch.nn.Module, # with `alignment_maps`
-    *views, # B x 3 x H x W each, normalized
-)->list: # the maps of each, B x d x h x w, on the CPU
+    *views, # B x 3 x height x width each, normalized
+)->list: # the maps of each, B x d x H x W, on the CPU
     "Alignment maps in evaluation mode; the method's mode is put back afterwards."
     mode, device = method.training, next(method.parameters()).device
     try: return [method.eval().alignment_maps(v.to(device)).float().cpu() for v in views]
@@ -148,9 +148,9 @@ def maps_of(
 
 @styled
 def draw_maps(
-    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # another view of the same images
-    maps:list, # of view 1 and of view 2: B x n x h x w each
+    maps:list, # of view 1 and of view 2: B x n x H x W each
     names:list, # n numbers of the maps
     caption:str="", # one line; should name run and scale
 )->mpl.figure.Figure: # B rows; 1 + n axes for each view
@@ -168,7 +168,7 @@ def draw_maps(
 
 def show_maps(
     method:torch.nn.Module, # one with maps: "lewel_m" or "lewel_b"
-    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # another view of the same images
     n_maps:int=4, # how many, see `pick_maps`
     caption:str="", # one line; should name run and scale
@@ -181,10 +181,10 @@ def show_maps(
 # %% ../nbs/27_visualize.ipynb #f9254b74
 def gather_maps(
     run, # folder of a finished run with snapshots
-    view1:torch.Tensor, # B x 3 x H x W, normalized
+    view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # another view of the same images
     n_maps:int=4, # how many, see `pick_maps`
-)->dict: # arrays: epochs (S), names (n), view1 and view2 (B x 3 x H x W, uint8), maps1 and maps2 (S x B x n x h x w, float32)
+)->dict: # arrays: epochs (S), names (n), view1 and view2 (B x 3 x height x width, uint8), maps1 and maps2 (S x B x n x H x W, float32)
     "Alignment maps at each snapshot of a run. Raises `UserError` if there are none."
     method, files = load_run(run)[0], sorted((Path(run)/"snapshots").glob("*.pt"))
     if not files: raise UserError(f"no snapshots in {run}: pretrain with snapshots=4")

@@ -122,7 +122,7 @@ def test_stopped_while_passes_are_cached(workers, tmp_path, run, monkeypatch):
         for c, tint in ("a", 0), ("b", 127): draw(tmp_path/"data"/split/c, 9, [(40, 50), (44, 40)], tint=tint)
     argv = "random", "--data", tmp_path/"data", *SMALL, "--workers", workers, "--out", tmp_path/"out"
     with monkeypatch.context() as m:
-        stop_when(m, linear, "gathered")
+        stop_when(m, linear, "collected")
         done = run("evaluate", *argv)
     assert done.code == 143 and f"saved {tmp_path/'out/partial.json'}: the same" in done.err and "skipped" not in done.err
     assert [p.name for p in (tmp_path/"out").iterdir()] == ["partial.json"]

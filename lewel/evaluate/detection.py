@@ -29,8 +29,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 from ..boxes import BoxSet, draw_objects
 from ..core import UserError, check_choice
+from ..data import Ahead
 from .ap import average_precision, voc07_average_precision
-from .finetune import Ahead, StepSchedule, finetune, step_indices
+from .finetune import StepSchedule, finetune, step_indices
 from .knn import frozen
 from .segmentation import CHILDREN
 from ..interop import detectron2_name, weights_fingerprint
@@ -97,7 +98,7 @@ class RoIPool(nn.Module):
         self.level = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])), 7*anchor, 4)
 
     def forward(self,
-        maps:dict, # of B x C x h x w
+        maps:dict, # of B x C x H x W
         boxes:list, # B tensors K x 4
         image_sizes=None, # not needed
     )->torch.Tensor: # all K x C x size x size
@@ -153,7 +154,7 @@ class Pyramid(nn.Module):
 
     def forward(self,
         x:torch.Tensor, # B x 3 x H x W
-    )->dict: # name -> B x width x h x w; the last is "pool"
+    )->dict: # name -> B x width x H x W; the last is "pool"
         "Feature maps from fine to coarse."
         maps = OrderedDict()
         for name, part in self.body.named_children():

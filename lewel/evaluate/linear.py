@@ -18,7 +18,7 @@ from ..backbones import num_features
 from ..core import UserError
 from ..data import ImageSet, epoch_order
 from .finetune import StepSchedule, finetune
-from .knn import check_labels, extract_features, frozen, gathered, pooled, told, topk_accuracy
+from .knn import check_labels, collected, extract_features, frozen, pooled, told, topk_accuracy
 from ..interop import weights_fingerprint
 from ..pretrain import NonFiniteLoss
 from ..views import ViewLoader, ViewRecipe
@@ -101,7 +101,7 @@ def fit_linear(
 
 # %% ../../nbs/17_evaluate_linear.ipynb #635fcc6e
 def streamed(
-    backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
+    backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
     images:ImageSet, # labelled
     protocol:LinearProtocol, # area of the crops, batch size
     size:int, # side of the crops, pixels
@@ -132,7 +132,7 @@ def cached(
     passes = []
     for batches.epoch in range(protocol.cached_passes):
         batches.start, n = 0, len(batches)*protocol.batch_size
-        passes.append(gathered(told(batches, n, title and f"{title} | features of pass {len(passes) + 1} of {protocol.cached_passes}"), n))
+        passes.append(collected(told(batches, n, title and f"{title} | features of pass {len(passes) + 1} of {protocol.cached_passes}"), n))
     def make(epoch, start):
         x, y = passes[epoch % len(passes)]
         for part in torch.from_numpy(epoch_order(len(x), seed, epoch)).split(protocol.batch_size)[start:]: yield x[part].to(device), y[part].to(device)
@@ -153,7 +153,7 @@ def free_memory(
     return min(free, default=math.inf)
 
 def check_cache(
-    backbone:nn.Module, # B x 3 x H x W -> B x C x h x w
+    backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
     images:ImageSet, # to train on
     protocol:LinearProtocol, # how many passes are kept
     size:int, # of the crops, pixels
@@ -170,7 +170,7 @@ def check_cache(
 
 # %% ../../nbs/17_evaluate_linear.ipynb #c23767cb
 def evaluate_linear(
-    backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
+    backbone:nn.Module, # B x 3 x height x width -> B x C x H x W; not changed
     train:ImageSet, # to train the classifier on, labelled
     test:ImageSet, # to evaluate it on, labelled
     protocol:LinearProtocol=LINEAR["paper"], # how to train

@@ -41,7 +41,8 @@ def evaluation_sets(
     else:
         known = str(data) in ("scenes", "imagenette")
         if not known and Path(data).is_dir() and not has_split(data, "val"): raise UserError(f"{data} has no validation split: an evaluation needs {Path(data)/'train'} and {Path(data)/'val'}, each with class folders")
-        train, test = open_data(data, "train", size, strict), open_data(data, "test" if str(data) == "scenes" else "val", size, strict)
+        train = open_data(data, "train", size, strict)
+        test = open_data(data, "test" if str(data) == "scenes" else "val", size, strict, train.classes)
     for part, images in ("train", train), ("val", test):
         if images.labels is None: raise UserError(f"the {part} images of {data} have no labels: put them into class folders")
     return train, test

@@ -19,7 +19,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2 import functional as TF
 from ..backbones import init_weights, num_features
 from ..core import UserError
-from .finetune import Ahead, StepSchedule, finetune, step_indices
+from ..data import Ahead
+from .finetune import StepSchedule, finetune, step_indices
 from .knn import frozen
 from ..interop import weights_fingerprint
 from ..masks import IGNORE, MaskSet

@@ -120,10 +120,10 @@ def labelled_part(
 
 # %% ../../nbs/19_evaluate_semi.ipynb #ab346389
 def classifier_on(
-    backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; copied
+    backbone:nn.Module, # B x 3 x height x width -> B x C x H x W; copied
     classes:int, # number of them
     seed:int=0, # of the classifier's weights
-)->nn.Sequential: # B x 3 x H x W -> B x classes; its parts are "backbone", "pool", "flatten", "classifier"
+)->nn.Sequential: # B x 3 x height x width -> B x classes; its parts are "backbone", "pool", "flatten", "classifier"
     "A copy of a backbone with a linear classifier on its pooled features, all of it trainable."
     classifier = nn.Linear(num_features(backbone), classes)
     nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed)); nn.init.zeros_(classifier.bias)
@@ -200,7 +200,7 @@ def classify(
 
 # %% ../../nbs/19_evaluate_semi.ipynb #c67264e0
 def evaluate_semi(
-    backbone:nn.Module, # B x 3 x H x W -> B x C x h x w; not changed
+    backbone:nn.Module, # B x 3 x height x width -> B x C x H x W; not changed
     train:ImageSet, # labelled; a part of the labels is used
     test:ImageSet, # to evaluate on, labelled
     protocol:SemiProtocol=SEMI["paper"], # how
