@@ -8,10 +8,10 @@ __all__ = ['SECTIONS', 'NAMES', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'PAGE
            'check_parameters', 'run_notebook', 'named_error', 'failure_reason', 'run_job', 'forget_failures',
            'only_one', 'published_copy', 'published_results', 'put_aside', 'markdown_html', 'picture_texts',
            'plain_text', 'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page', 'dead_links',
-           'notebook_text', 'notebook_sources', 'difference', 'verify_readme', 'verify']
+           'notebook_text', 'notebook_sources', 'difference', 'verify_readme', 'verify', 'altered']
 
 # %% ../nbs/31_experiments.ipynb #a8395319
-import base64, configparser, fcntl, html, os, re, shutil, sys, tempfile
+import base64, configparser, fcntl, html, json, os, re, shutil, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
@@ -529,3 +529,20 @@ def verify(
             names = {p.name for r in (results, again) for p in (r/kind).glob(pattern)}
             wrong += [text for n in sorted(names) if (text := difference(results/kind/n, again/kind/n))]
     return wrong
+
+# %% ../nbs/31_experiments.ipynb #c6c88c00
+def altered(
+    results, # folder of a scale, as it is kept
+)->list: # one line each
+    "Records of runs whose id does not fit what they say, and pages that differ from what would be written now."
+    from lewel.results import run_id
+    results = Path(results)
+    records = {path: json.loads(path.read_text()) for path in sorted(results.rglob("record.json"))}
+    wrong = [f"{path}: the id is {r['id']}, but what the record says makes {run_id(r)}" for path, r in records.items() if "fingerprint" in r["data"] and run_id(r) != r["id"]]
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder)/results.name
+        shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", ".lock"))
+        write_page(again)
+        pages = {p.relative_to(r): None for r in (results, again) for p in sorted(r.rglob("*.html"))}
+        text = lambda file: file.read_text() if file.exists() else None
+        return wrong + [f"{results/p} is not the page that is written now" for p in pages if text(results/p) != text(again/p)]
