@@ -74,8 +74,8 @@ def read_sections(
 )->dict: # section -> {key: text}; empty where the file does not exist
     "Raises `UserError` for a file that cannot be read, an unknown section or an unknown key."
     parser = configparser.ConfigParser(interpolation=None, default_section="")      # so that [DEFAULT] is refused like any other section
-    try: parser.read(path)
-    except configparser.Error as e: raise UserError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+    try: parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
     for section in parser.sections():
         for key in parser[check_choice(f"section of {path}", section, ("experiments", *SECTIONS))]:
             check_choice(f"key in [{section}] of {path}", key, NAMES if section == "experiments" else SCALES)
@@ -147,6 +147,8 @@ def check_value(
     if name == "condition":
         from lewel.paper import condition_runs
         check_choice(what, value, dict.fromkeys(folder for folder, *_ in condition_runs()))
+        check_choice(f"method of condition {value}", known["method"], dict.fromkeys(method for folder, method, _ in condition_runs() if folder == value))
+    if name == "out" and not value.strip(): raise UserError(f"{what} is empty: name a folder")
 
 # %% ../nbs/31_experiments.ipynb #e6b38cec
 def check_parameters(
