@@ -6,7 +6,7 @@ from conftest import draw, options
 from fastai.callback.core import Callback
 from lewel.checkpoint import load_checkpoint
 from lewel.cli import pretrain_command
-from lewel.core import UserError
+from lewel.core import UserError, atomic_write
 from lewel.paper import get_recipe
 from lewel.pretrain import StopAt, Stopped, from_all_ranks, lock_output, pretrain, process_group
 from lewel.results import read_curve, read_record
@@ -77,7 +77,7 @@ def work(root):
         try: run(RECIPES["byol"], root/"held"); assert False
         except UserError as e: assert "another process is writing" in str(e)                       # both are told
         assert pretrain_command(short_run(root, root/"one node")) == 0
-        if rank == 0: torch.save(seen, root/"seen.pt")
+        if rank == 0: atomic_write(root/"seen.pt", lambda f: torch.save(seen, f))                  # whoever waits for it never sees a part
         sys.argv[1:] = long_run(root)                                                               # python -m lewel.pretrain, until the second process is killed
         runpy.run_module("lewel.pretrain", run_name="__main__")
 
