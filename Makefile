@@ -49,7 +49,7 @@ verify: $(VENV)/installed
 	PYTHONWARNINGS=ignore python experiments/verify.py
 
 bench: $(VENV)/bench
-	lewel-bench
+	lewel-bench --compile
 
 readme: $(VENV)/installed
 	python nbs/readme.py

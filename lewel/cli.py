@@ -298,7 +298,7 @@ def bench_command(argv=None):
     p.add_argument("--batch-size", type=int, default=64, help="images in a step")
     p.add_argument("--repeats", type=int, default=7, help="timed repetitions after warm-up; medians are reported")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--out", default="results/bench", help="folder for a .json and a .md that are named after hardware and configuration")
+    p.add_argument("--out", default="runs/bench", help="folder for a .json and a .md that are named after hardware and configuration")
     p.add_argument("--precision", default="float32", help="of the forward passes: float32, bfloat16 or float16 (with the loss scaler)")
     p.add_argument("--workers", type=int, default=None, help="processes that decode JPEG files; by default as many as there are cores")
     p.add_argument("--compile", action="store_true", help="time the steps with torch.compile, too")
