@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from fastcore.docments import docments
 from .core import UserError, check_choice, parse_option
-from .paper import Recipe, get_recipe, recipes
+from .paper import Recipe, get_recipe, recipe_name, recipes
 
 # %% ../nbs/30_cli.ipynb #005c3496
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -185,7 +185,7 @@ def dry_pretrain(
     images = len(open_pair(args.data, recipe.size, args.strict)[0]) if args.data else IMAGES[args.scale]
     run = f"{recipe.epochs} epochs of {images:,} images ({args.data or f'scale {args.scale}'})"
     cost = method_cost(recipe, args.device, batch=args.dry_batch, images=images, accumulate=args.accumulate, compile=args.compile)
-    return cost_report(f"dry run: {recipe.method}, {recipe.backbone}, {recipe.size} px, {run}", cost)
+    return cost_report(f"dry run: {recipe_name(recipe)}, {recipe.backbone}, {recipe.size} px, {run}", cost)
 
 def dry_evaluate(
     args, # parsed arguments of lewel-evaluate
@@ -197,7 +197,7 @@ def dry_evaluate(
     if len(names) > 1: names = [n for n in names if n != "knn"]          # which trains nothing
     for n in names: check_choice("protocol of a dry run", n, trainings)
     backbone, size = args.backbone or base.backbone, args.size or base.size
-    cost = lambda n: protocol_cost(n, preset, backbone, size, args.device, batch=args.dry_batch or 2)
+    cost = lambda n: protocol_cost(n, preset, backbone, size, args.device, batch=args.dry_batch)
     return "\n".join(cost_report(f"dry run: {n}, preset {preset}, {backbone}", cost(n)) for n in names)
 
 # %% ../nbs/30_cli.ipynb #bdb65372

@@ -6,20 +6,21 @@
 __all__ = ['NUMBERS', 'CLASSES', 'builders', 'NO_MEMORY', 'trainings', 'SUSTAINED', 'IMAGES', 'DATA', 'GPUS', 'MINUTES',
            'multiply_adds', 'count_parameters', 'method_counts', 'classes_of', 'detector_size', 'detector_pass',
            'protocol_counts', 'process_peak_mb', 'measured', 'fresh', 'Lap', 'pretrain_briefly', 'noise_masks',
-           'noise_boxes', 'evaluate_briefly', 'gpu_hours', 'method_cost', 'training_images', 'protocol_cost', 'number',
-           'duration', 'memory_at', 'cost_report', 'data_plan', 'pretrain_work', 'evaluation_work', 'job', 'torchrun',
-           'run_plan', 'evaluations_of', 'evaluation_plan', 'ablation_plan', 'condition_plan', 'plan', 'print_plan',
-           'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
+           'noise_boxes', 'evaluate_briefly', 'gpu_hours', 'take_twice', 'method_cost', 'training_images',
+           'protocol_cost', 'number', 'duration', 'memory_at', 'cost_report', 'data_plan', 'pretrain_work',
+           'evaluation_work', 'job', 'torchrun', 'run_plan', 'evaluations_of', 'evaluation_plan', 'ablation_plan',
+           'condition_plan', 'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
 # %% ../nbs/28_cost.ipynb #e6f6caf7
-import math, re, signal, time
+import math, os, re, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib import import_module
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from torch import nn
@@ -29,7 +30,7 @@ from .backbones import create_backbone, num_features
 from .bench import Training, endless, noise_images, side_by_side
 from .boxes import BoxSet, pack_objects
 from .core import UserError, atomic_write, check_choice
-from .data import MemorySet
+from .data import MemorySet, imagenette_place
 from .evaluate.detection import detector, train_detector
 from .evaluate.instance import instance_detector
 from .evaluate.linear import fit_linear, streamed
@@ -211,6 +212,10 @@ def _death(code:int)->str: # code: a process's exit code, negative for a signal
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"the process that was to measure died ({how}), not for want of memory: what it said before is above"
 
+def _end_with_parent():
+    "A process that measures does not outlive the one that asked for it, however that ends."
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
 def fresh(
     name:str, # of a function of this module
     *args, # for it
@@ -218,7 +223,7 @@ def fresh(
     "Call a function in a new process. Raises what it raises, and `UserError` if memory does not suffice or the process dies."
     context, others = get_context("forkserver"), active_children()
     context.set_forkserver_preload(["lewel.cost"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         result = pool.submit(getattr(import_module("lewel.cost"), name), *args)
         process = next(p for p in active_children() if p not in others)
         failure = result.exception()
@@ -344,6 +349,16 @@ def gpu_hours(
     return multiply_adds/sustained/3600
 
 # %% ../nbs/28_cost.ipynb #4b62c4e7
+def take_twice(
+    take, # function of a number of images, see `measured`
+    batch:int, # images in a step
+    half:int, # and about half of them
+    least:int, # images that a step needs
+)->dict: # of the batch, see `measured`, with mb_per_image where the half is not less than the least
+    "What an image adds to the memory, beside what a batch takes."
+    taken = take(batch)
+    return taken | dict(mb_per_image=(taken["memory_mb"] - take(half)["memory_mb"])/(batch - half)) if half >= least else taken
+
 def method_cost(
     recipe:Recipe, # of pretraining
     device:str="auto", # "auto", "cpu" or "cuda"
@@ -352,7 +367,7 @@ def method_cost(
     images:int=IMAGES["paper"], # to pretrain on
     accumulate:int=1, # parts in which a batch goes through the network
     compile:bool=False, # see `lewel.pretrain.compile_networks`
-)->dict: # `method_counts`, `measured`, batch, batch_size, device, precision; of the whole run: steps, total; of a step taken: measured_multiply_adds; mb_per_image, if the batch can be halved
+)->dict: # `method_counts`, `measured`, kind, batch, batch_size, device, precision; of the whole run: steps, total; of a step taken: measured_multiply_adds; mb_per_image, if the batch can be halved
     "Count a recipe and take a few steps of it, in a process of its own, and of half the batch in another. Raises `UserError`."
     device, counts, r = pick_device(device), method_counts(recipe), recipe
     batch = batch or min(8 if device.type == "cpu" else 128, r.batch_size)
@@ -363,13 +378,11 @@ def method_cost(
     if images < r.batch_size:
         raise UserError(f"batch_size {r.batch_size} with {images} images: choose a smaller batch_size, or add images")
     products, total = counts["multiply_adds"], r.epochs*(images//r.batch_size)
-    about = dict(batch=batch, batch_size=r.batch_size, steps=total, total=total*products, device=device.type,
+    about = dict(kind="pretraining", batch=batch, batch_size=r.batch_size, steps=total, total=total*products, device=device.type,
                  precision="float32" if device.type == "cpu" else r.precision, measured_multiply_adds=products*batch/r.batch_size)
-    def take(images): return fresh("pretrain_briefly", r, images, steps, device, accumulate, compile)
-    cost = counts | about | take(batch)
     half = batch//2//accumulate*accumulate
-    if half//accumulate >= 2: cost["mb_per_image"] = (cost["memory_mb"] - take(half)["memory_mb"])/(batch - half)
-    return cost
+    taken = take_twice(lambda n: fresh("pretrain_briefly", r, n, steps, device, accumulate, compile), batch, half, 2*accumulate)
+    return counts | about | taken
 
 # %% ../nbs/28_cost.ipynb #6915a026
 def training_images(
@@ -389,17 +402,19 @@ def protocol_cost(
     size:int=224, # for linear and semi, pixels
     device:str="auto", # "auto", "cpu" or "cuda"
     steps:int=2, # to be taken; the first is not timed
-    batch:int=2, # images in each of them
+    batch:int=None, # images in each of them; by default 2, and 4 for linear and semi
 )->dict: # as `method_cost`
-    "Count a protocol's training and take a few steps of it, in a process of its own. Raises `UserError`."
+    "Count a protocol's training and take a few steps of it, in a process of its own, and of half the batch in another. Raises `UserError`."
     presets = protocols[check_choice("protocol", name, trainings)].presets
-    p, device = presets[check_choice("preset", preset, presets)], pick_device(device)
+    p, device, crops = presets[check_choice("preset", preset, presets)], pick_device(device), name in ("linear", "semi")
+    if batch is None: batch = 4 if crops else 2
     if batch < 1 or steps < 2: raise UserError(f"{steps} steps of {batch} images: at least 2 steps of 1 image are needed")
     counts, largest = (protocol_counts(name, preset, backbone, size, l) for l in (False, True))
     products, images = counts["multiply_adds"], training_images(name, p, IMAGES[preset])
-    about = dict(batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*products, device=device.type,
+    about = dict(kind="evaluation", batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*products, device=device.type,
                  precision="float32", multiply_adds=products*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch)
-    return counts | about | fresh("evaluate_briefly", name, preset, backbone, size, batch, steps, device)
+    taken = take_twice(lambda n: fresh("evaluate_briefly", name, preset, backbone, size, n, steps, device), batch, batch//2, 2 if crops else 1)
+    return counts | about | taken
 
 # %% ../nbs/28_cost.ipynb #dfdaec3e
 def number(
@@ -427,7 +442,7 @@ def memory_at(
 def _memory_lines(c):
     "The memory of a whole batch and of an eighth of it, where two batches were measured."
     if "mb_per_image" not in c: return {}
-    whole, share = c["batch_size"], c["batch_size"]//8
+    whole, share = c["batch_size"], c["batch_size"]//8 if c["kind"] == "pretraining" else 1      # evaluations have one GPU
     eighth = f"; {memory_at(c, share):,.0f} MiB for the {share} of each of eight GPUs" if share > 1 else ""
     return dict(estimated=f"{memory_at(c, whole):,.0f} MiB for {whole} images on one GPU{eighth}; "
                           f"a straight line through two batches, {c['precision']}")
@@ -465,7 +480,8 @@ DATA = dict( # scale -> section of settings.ini -> (name, GB on disk, about)
 def _missing(scale, section, where):
     "What is missing of a data set; empty if it is here."
     if where is None: return f"set {scale} in [{section}] of settings.ini"
-    return "" if where in ("scenes", "imagenette") or Path(where).is_dir() else f"no folder {where}"
+    if where == "imagenette": return "" if imagenette_place().is_dir() else "the first run downloads it"
+    return "" if where == "scenes" or Path(where).expanduser().is_dir() else f"no folder {where}"
 
 def data_plan(
     settings:Settings, # whose scale

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SPLITS', 'MEMORY_LIMIT', 'ImageSet', 'MemorySet', 'UnreadableImage', 'decode_image', 'image_size',
-           'list_images', 'FolderSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_folder',
-           'open_data', 'label_fraction', 'epoch_order', 'Ahead']
+           'list_images', 'FolderSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_place',
+           'imagenette_folder', 'open_data', 'label_fraction', 'epoch_order', 'Ahead']
 
 # %% ../nbs/01_data.ipynb #9286388d
 import copy, hashlib, itertools, os, sys
@@ -313,6 +313,11 @@ def open_folder(
 
 # %% ../nbs/01_data.ipynb #cd79862e
 MEMORY_LIMIT = 2 << 30 # bytes; larger folders are streamed
+
+def imagenette_place()->Path: # a folder, once it has been downloaded
+    "Where fastai unpacks Imagenette with its short side at 160 pixels."
+    from fastai.data.external import URLs, fastai_path
+    return fastai_path("data")/Path(URLs.IMAGENETTE_160).stem
 
 def imagenette_folder()->Path:
     "Imagenette with its short side at 160 pixels, downloaded once by fastai."

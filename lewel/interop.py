@@ -288,12 +288,15 @@ def export_backbone(
     suffix, content = exporters[check_choice("format", format, export_formats)]
     run = Path(method) if isinstance(method, (str, Path)) else None
     if run and not path: path = run/f"backbone-{format}{suffix}" if run.is_dir() else run.parent/f"{run.stem}-{format}{suffix}"
+    if run and Path(path).suffix == ".md": raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as {Path(path).with_suffix(suffix).name}")
     check_place(path)
     if run: method = run_backbone(run)[0]
-    state = {k: v.detach().cpu().contiguous() for k, v in getattr(method, "backbone", method).state_dict().items()}
-    if format != "safetensors" and not any(fits_torchvision(name, state) for name in resnets):
+    backbone = getattr(method, "backbone", method)
+    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    theirs = format == "safetensors" or format == "timm" and type(backbone).__module__.startswith("timm.")
+    if not theirs and not any(fits_torchvision(name, state) for name in resnets):
         known = ", ".join(resnets)
-        raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; safetensors takes any")
+        raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; safetensors takes any, timm also timm's own")
     if run: atomic_write(Path(path).with_suffix(".md"), (model_card if run.is_dir() else checkpoint_card)(run, Path(path).name, format))
     return atomic_write(path, content(state))
 
@@ -323,12 +326,13 @@ def model_card(
     from lewel.results import read_record, read_records
     r = read_record(run)
     data, hardware, labels = r["data"], r["hardware"], "" if r["method"] == "supervised" else " without labels"
-    judged = [e for e in read_records(run) if e["kind"] == "evaluation"]
+    folders = Path(run), Path(run).resolve().parent.parent/"evaluations"          # where `make reproduce` puts them
+    judged = [e for folder in folders for e in read_records(folder) if e["kind"] == "evaluation" and r["id"] in e["builds_on"]]
     lines = [f"# {file}", f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, pretrained with {r['method']}{labels}.",
              "## Data", f"{data['name']}, {data['n']} images, fingerprint {data['fingerprint']}, {input_form}.",
              "## Recipe", bullets(r["recipe"]), "## Numbers", bullets(r["metrics"])]
     for e in judged: lines += [f"Evaluation `{e['id']}` on {e['data']['name']}, percent:", bullets(e["metrics"])]
-    if not judged: lines.append("It has not been evaluated.")
+    if not judged: lines.append("No evaluation of it lies in its folder.")
     made, versions = f"{r['created']}, {r['seconds']:.0f} s", ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     lines += ["## Origin", f"{made} on {hardware['device']} ({hardware['cpu']}); {versions}; {commit_words(r['git'])}."]
     return "\n\n".join(lines) + "\n"

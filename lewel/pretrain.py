@@ -10,7 +10,7 @@ __all__ = ['overdue', 'create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'St
            'forget_peak_memory', 'local_device', 'process_group', 'first_alone', 'keep_freed_memory', 'check_positions',
            'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'check_least', 'lock_output',
            'held_output', 'check_space', 'pick_progress', 'announced', 'describe', 'train', 'compile_networks',
-           'pretrain', 'StopAt']
+           'open_shared', 'pretrain', 'StopAt']
 
 # %% ../nbs/16_pretrain.ipynb #51c69077
 import ctypes, fcntl, math, os, resource, shutil, signal, sys, threading, time
@@ -669,6 +669,18 @@ def compile_networks(
     except Exception as e: raise UserError(f"compile=True, but torch.compile does not work here ({str(e).strip().splitlines()[0]}): leave it out, or install the compiler that it needs") from e
     for network in (method.online, method.target): network.compile()
 
+# %% ../nbs/16_pretrain.ipynb #ac712727
+def open_shared(
+    data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
+    size:int, # for the embedded images, pixels
+    strict:bool, # stop at an unreadable image instead of skipping it
+    shown:bool, # whether to say what takes long
+)->tuple: # (to train on, labelled validation images or None, fingerprint)
+    "What all processes train on. Raises `UserError`, also where they differ."
+    with announced(f"looking at the files of {getattr(data, 'name', data)}: a million takes minutes", shown):
+        with first_alone(): images, val = open_pair(data, size, strict)
+        return images, val, shared_fingerprint(images, everyone=images is data)
+
 # %% ../nbs/16_pretrain.ipynb #42d4b755
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
@@ -691,8 +703,8 @@ def pretrain(
 )->dict: # the run's record
     "Pretrain a method on images, in all processes of torchrun if it was started by it. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
     out, device, progress = Path(out), local_device(device), pick_progress(progress)
-    check_least(workers=(workers, 0), save_every=(save_every or 0, 0), monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
-    if log_every is not None: check_least(log_every=(log_every, 1))
+    check_least(workers=(workers, 0), log_every=(1 if log_every is None else log_every, 1), save_every=(save_every or 0, 0),
+                monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
     if device.type == "cpu": keep_freed_memory()
     forget_peak_memory(device)
     with process_group(device):
@@ -701,9 +713,7 @@ def pretrain(
         if backbone is not None: recipe = recipe.changed(backbone=own_name(backbone))
         method = prepare_method(recipe, backbone)
         builds_on = [start_from(method, start)] if start else []
-        with announced(f"looking at the files of {getattr(data, 'name', data)}: a million takes minutes", progress != "none"):
-            with first_alone(): images, val = open_pair(data, recipe.size, strict)
-            fingerprint = shared_fingerprint(images, everyone=images is data)
+        images, val, fingerprint = open_shared(data, recipe.size, strict, progress != "none")
         done = finished(out, recipe, fingerprint, builds_on, accumulate)
         if (record := from_first_rank(lambda: done)) is not None:
             if progress != "none": print(f"{record['id']} is finished: {out}/record.json", flush=True)
@@ -712,11 +722,10 @@ def pretrain(
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
         sets = monitor_sets(images, val) if monitor_every else None
-        precision = Precision(recipe.precision, device)
+        precision, curve = Precision(recipe.precision, device), Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines")
+        asked_for = [*([Monitor(sets, monitor_every)] if sets else []), *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else [])]
         with held_output(out), noting_signals() as signals:
-            callbacks = [Steps(), precision, Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines"),
-                         Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *([Monitor(sets, monitor_every)] if sets else []),
-                         *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else []), *cbs]
+            callbacks = [Steps(), precision, curve, Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *asked_for, *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             check_space(out, method)
             train(learn, progress)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLE', 'styled', 'FORMATS', 'NOTE', 'SEED', 'QUANTITIES', 'PATTERNS', 'CLAIMS', 'BASE', 'ADDED', 'PLAIN', 'faint',
            'new_figure', 'finish', 'method_colors', 'save_figure', 'draw_pair', 'pick_maps', 'overlay', 'maps_of',
-           'draw_maps', 'show_maps', 'gather_maps', 'show_training', 'method_of', 'seed_of', 'plot_curves',
-           'plot_table', 'plot_gains', 'plot_ablations', 'draw_box', 'draw_line', 'draw_text', 'draw_bars',
-           'draw_sheets', 'draw_view', 'draw_network', 'draw_ends', 'draw_architecture']
+           'draw_maps', 'show_maps', 'snapshots', 'gather_maps', 'show_training', 'map_agreement', 'object_weight',
+           'method_of', 'seed_of', 'plot_curves', 'plot_table', 'plot_gains', 'plot_ablations', 'draw_box', 'draw_line',
+           'draw_text', 'draw_bars', 'draw_sheets', 'draw_view', 'draw_network', 'draw_ends', 'draw_architecture']
 
 # %% ../nbs/27_visualize.ipynb #08d8b8f1
 import io, re, textwrap
@@ -25,7 +25,7 @@ from .core import METHODS, UserError, atomic_write, check_choice
 from .data import FolderSet, MemorySet
 from .interop import read_weights
 from .paper import published_gains
-from .results import PAIRS
+from .results import PAIRS, read_record
 from .views import apply_views, denormalize, draw_views, luminance, normalize
 
 # %% ../nbs/27_visualize.ipynb #8c972afb
@@ -179,22 +179,28 @@ def show_maps(
     return draw_maps(view1, view2, [m[:, picked] for m in maps], picked, caption)
 
 # %% ../nbs/27_visualize.ipynb #f9254b74
+def snapshots(
+    run, # folder of a finished run
+): # pairs of epoch and method, whose online network is the one of that moment
+    "The networks that a run has kept, one after the other in one method. Raises `UserError` if there are none."
+    method, files = load_run(run)[0], sorted((Path(run)/"snapshots").glob("*.pt"))
+    if not files: raise UserError(f"no snapshots in {run}: pretrain with snapshots=4")
+    for file in files:
+        method.online.load_state_dict(read_weights(file))
+        yield int(file.stem), method
+
 def gather_maps(
     run, # folder of a finished run with snapshots
     view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # another view of the same images
     n_maps:int=4, # how many, see `pick_maps`
-)->dict: # arrays: epochs (S), names (n), view1 and view2 (B x 3 x height x width, uint8), maps1 and maps2 (S x B x n x H x W, float32)
+)->dict: # arrays: run (its id), epochs (S), names (n), view1 and view2 (B x 3 x height x width, uint8), maps1 and maps2 (S x B x n x H x W, float32)
     "Alignment maps at each snapshot of a run. Raises `UserError` if there are none."
-    method, files = load_run(run)[0], sorted((Path(run)/"snapshots").glob("*.pt"))
-    if not files: raise UserError(f"no snapshots in {run}: pretrain with snapshots=4")
-    at = []
-    for file in files:
-        method.online.load_state_dict(read_weights(file))
-        at.append(maps_of(method, view1, view2))
+    epochs, at = zip(*((epoch, maps_of(method, view1, view2)) for epoch, method in snapshots(run)))
     names = pick_maps(torch.cat(at[-1]), n_maps)
     views = {f"view{i}": (denormalize(v)*255).round().byte().numpy() for i, v in ((1, view1), (2, view2))}
-    return dict(epochs=np.array([int(f.stem) for f in files]), names=np.array(names), **views, **{f"maps{i + 1}": torch.stack([m[i][:, names] for m in at]).numpy() for i in range(2)})
+    return dict(run=np.array(read_record(run)["id"]), epochs=np.array(epochs), names=np.array(names), **views,
+                **{f"maps{i + 1}": torch.stack([m[i][:, names] for m in at]).numpy() for i in range(2)})
 
 @styled
 def show_training(
@@ -213,6 +219,30 @@ def show_training(
         for ax, weights in zip(row[1:], arrays[f"maps{v + 1}"][:, image, k]): overlay(ax, views[v], torch.from_numpy(weights))
     for ax, title in zip(axes[0], ("view", *(f"epoch {e}" for e in epochs))): ax.set_title(title, fontsize=7, pad=2)
     return finish(fig, caption, NOTE)
+
+# %% ../nbs/27_visualize.ipynb #9e4ad6e4
+def map_agreement(
+    maps1:torch.Tensor, # B x n x H x W, of one view of each image
+    maps2:torch.Tensor, # of another view, the same maps
+)->pd.DataFrame: # a row for each map: same_image and different_images, correlations; place_alone, the part of the variance over positions that is a preference for a place
+    "Whether maps find the same in two views of an image."
+    one, two = (m.flatten(2).transpose(0, 1) for m in (maps1, maps2))           # n x B x positions
+    def correlation(a, b):
+        a, b = (F.normalize(x - x.mean(-1, keepdim=True), dim=-1) for x in (a, b))
+        return (a*b).sum(-1).mean(-1)
+    different = torch.stack([correlation(one, two.roll(r, 1)) for r in range(1, one.shape[1])]).mean(0)
+    both = torch.cat([one, two], 1)
+    place = both.mean(1).var(1, correction=0)/both.var(2, correction=0).mean(1)
+    return pd.DataFrame(dict(same_image=correlation(one, two), different_images=different, place_alone=place))
+
+# %% ../nbs/27_visualize.ipynb #3b1489cc
+def object_weight(
+    maps:torch.Tensor, # B x n x H x W, each sums to 1
+    objects:torch.Tensor, # B x height x width, true where there is an object
+)->torch.Tensor: # n
+    "Weight of each map on objects, relative to the uniform map's (1)."
+    covered = F.adaptive_avg_pool2d(objects[:, None].float(), maps.shape[2:])
+    return (maps*covered).sum((0, 2, 3))/covered.mean((2, 3)).sum()
 
 # %% ../nbs/27_visualize.ipynb #cb9cadcc
 SEED = re.compile(r"[- ]s(?:eed )?(\d+)(?:-[0-9a-f]{6})?$") # at the end of a run's label
