@@ -120,7 +120,7 @@ class Training:
         self.update()
         self.method.update_target(0, 100)
 
-# %% ../nbs/29_bench.ipynb #9c47c610
+# %% ../nbs/29_bench.ipynb #018d05f8
 @patch
 def phased(self:Training,
     watch:Stopwatch, # gets a mark after each phase
@@ -483,7 +483,7 @@ def time_files(
     times = side_by_side(contestants, repeats, device, warmup=0)
     return {name: dict(total=phases["timed"]/count*batch_size/part) for name, phases in times.items()}
 
-# %% ../nbs/29_bench.ipynb #32f5a8bf
+# %% ../nbs/29_bench.ipynb #0066bb03
 def time_worker(
     photos:FolderSet, # one batch
     sizes, # of the views, pixels
@@ -614,7 +614,7 @@ def report(
     all_ratios = "## Ratios\n\n" + table(("", "ratio"), record["ratios"].items())
     return "\n\n".join(["# Speed", _about(record), _bars(record), all_ratios, *parts]) + "\n"
 
-# %% ../nbs/29_bench.ipynb #c240614b
+# %% ../nbs/29_bench.ipynb #79b63084
 def published_bench(
     folder="results/bench", # one record for each device
     device:str="cpu", # "cpu" or "cuda"

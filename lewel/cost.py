@@ -221,10 +221,10 @@ def fresh(
     *args, # for it
 ): # what it returns
     "Call a function in a new process. Raises what it raises, and `UserError` if memory does not suffice or the process dies."
-    context, others = get_context("forkserver"), active_children()
+    context, others, module = get_context("forkserver"), active_children(), import_module("lewel.cost")
     context.set_forkserver_preload(["lewel.cost"])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-        result = pool.submit(getattr(import_module("lewel.cost"), name), *args)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=module._end_with_parent) as pool:
+        result = pool.submit(getattr(module, name), *args)
         process = next(p for p in active_children() if p not in others)
         failure = result.exception()
     if failure is None: return result.result()

@@ -669,7 +669,7 @@ def compile_networks(
     except Exception as e: raise UserError(f"compile=True, but torch.compile does not work here ({str(e).strip().splitlines()[0]}): leave it out, or install the compiler that it needs") from e
     for network in (method.online, method.target): network.compile()
 
-# %% ../nbs/16_pretrain.ipynb #ac712727
+# %% ../nbs/16_pretrain.ipynb #5b862883
 def open_shared(
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
     size:int, # for the embedded images, pixels
