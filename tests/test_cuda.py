@@ -10,7 +10,8 @@ from lewel.core import METHODS
 from lewel.data import open_folder
 from lewel.evaluate.knn import extract_features
 from lewel.paper import get_recipe, views_of
-from lewel.pretrain import Curve, Precision, Pretraining, StopAt, Steps, Stopped, create_optimizer, make_loader, prepare_method, pretrain
+from lewel.pretrain import Curve, Precision, Pretraining, StopAt, Steps, create_optimizer, make_loader, prepare_method, pretrain
+from lewel.running import Stopped
 from lewel.results import read_curve, read_record
 from lewel.scenes import scenes
 from lewel.views import ViewLoader

@@ -8,7 +8,8 @@ from lewel.checkpoint import load_checkpoint
 from lewel.cli import pretrain_command
 from lewel.core import UserError, atomic_write
 from lewel.paper import get_recipe
-from lewel.pretrain import StopAt, Stopped, from_all_ranks, lock_output, pretrain, process_group
+from lewel.pretrain import StopAt, pretrain
+from lewel.running import Stopped, from_all_ranks, lock_output, process_group
 from lewel.results import read_curve, read_record
 from lewel.scenes import scenes
 from lewel.target import synchronize_norms, world

@@ -419,7 +419,7 @@ STUBS = dict( # what the commands of Slurm do here, in the folder of the job
 @pytest.fixture
 def slurm_job(tmp_path):
     "The script of the notebook as a job of its own, whose srun has begun."
-    cells = json.loads((Path(__file__).parent.parent/"nbs/16_pretrain.ipynb").read_text())["cells"]
+    cells = json.loads((Path(__file__).parent.parent/"nbs/17_pretrain.ipynb").read_text())["cells"]
     script, = (m[1] for c in cells for m in re.finditer(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", "".join(c["source"]), re.S))
     for name, does in STUBS.items():
         (tmp_path/name).write_text(f"#!/bin/bash\n{does}\n"); (tmp_path/name).chmod(0o755)
