@@ -466,6 +466,7 @@ def drain(
             watch.mark(what)
     return run
 
+# %% ../nbs/30_bench.ipynb #36414ea6
 def time_files(
     photos:FolderSet, # used again and again
     size:int, # of a view, pixels

@@ -441,8 +441,8 @@ def memory_at(
 
 def _memory_lines(c):
     "The memory of a whole batch and of an eighth of it, where two batches were measured."
-    if "mb_per_image" not in c: return {}
     whole, share = c["batch_size"], c["batch_size"]//8 if c["kind"] == "pretraining" else 1      # evaluations have one GPU
+    if "mb_per_image" not in c or c["batch"] == whole and share == 1: return {}                   # nothing to estimate it from, or measured
     eighth = f"; {memory_at(c, share):,.0f} MiB for the {share} of each of eight GPUs" if share > 1 else ""
     return dict(estimated=f"{memory_at(c, whole):,.0f} MiB for {whole} images on one GPU{eighth}; "
                           f"a straight line through two batches, {c['precision']}")

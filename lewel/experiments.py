@@ -8,10 +8,11 @@ __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIE
            'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason', 'run_job',
            'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'markdown_html',
            'picture_texts', 'plain_text', 'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page',
-           'dead_links', 'notebook_text', 'notebook_sources', 'difference', 'verify_readme', 'verify', 'altered']
+           'dead_links', 'notebook_text', 'pixels', 'notebook_shows', 'notebook_sources', 'difference', 'verify_readme',
+           'verify', 'altered']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
-import base64, configparser, fcntl, html, json, os, re, shutil, sys, tempfile
+import base64, configparser, fcntl, html, io, json, os, re, shutil, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
@@ -21,7 +22,7 @@ from .core import METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_cho
 # %% ../nbs/32_experiments.ipynb #6db4f01a
 def check_device(
     what:str, # for the message
-    device:str, # as `lewel.pretrain.pick_device` takes it
+    device:str, # as `lewel.running.pick_device` takes it
 ):
     "Raises `UserError` for a word that can be no device."
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)):
@@ -471,6 +472,24 @@ def notebook_text(
     text = "".join(o.text if o.output_type == "stream" else o.get("data", {}).get("text/plain", "") + "\n" for o in outputs)
     return [line.rstrip() for line in text.splitlines() if not line.startswith("<")]
 
+# %% ../nbs/32_experiments.ipynb #5b633c34
+def pixels(
+    file, # a PNG, or an open file
+)->tuple: # shape, bytes
+    "A picture, to be compared."
+    import numpy as np
+    from PIL import Image
+    shown = np.asarray(Image.open(file).convert("RGB"))
+    return shown.shape, shown.tobytes()
+
+def notebook_shows(
+    path, # of an executed notebook
+)->list: # HTML and `pixels`
+    "The tables and pictures that a notebook's cells show."
+    import nbformat
+    shown = [o["data"] for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    return [data["text/html"] if kind == "text/html" else pixels(io.BytesIO(base64.b64decode(data[kind]))) for data in shown for kind in ("text/html", "image/png") if kind in data]
+
 # %% ../nbs/32_experiments.ipynb #d3b1c5bc
 def notebook_sources(
     path, # of a notebook
@@ -487,17 +506,14 @@ def difference(
     "Compare a table, a picture or an executed notebook with its second making."
     if not new.exists(): return f"{old} is not made by any notebook"
     if not old.exists(): return f"{old} is missing"
-    if old.suffix == ".png":
-        import numpy as np
-        from PIL import Image
-        a, b = (np.asarray(Image.open(p).convert("RGB")) for p in (old, new))
-        return None if np.array_equal(a, b) else f"{old} shows something else than the records say"
+    if old.suffix == ".png": return None if pixels(old) == pixels(new) else f"{old} shows something else than the records say"
     if old.suffix == ".ipynb":
         for i, (x, y) in enumerate(zip_longest(notebook_sources(old), notebook_sources(new)), 1):
             if x != y: return f"{old}, cell {i}, is not what its template in experiments/ says now: execute it again"
     a, b = (notebook_text(p) if p.suffix == ".ipynb" else p.read_text().splitlines() for p in (old, new))
     for i, (x, y) in enumerate(zip_longest(a, b), 1):
         if x != y: return f"{old}, line {i}: {'nothing' if x is None else x!r}, but the records say {'nothing' if y is None else y!r}"
+    if old.suffix == ".ipynb" and notebook_shows(old) != notebook_shows(new): return f"{old} has a table or a picture that shows something else than the records say"
 
 # %% ../nbs/32_experiments.ipynb #496ded69
 def _shown(cell):

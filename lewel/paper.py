@@ -165,7 +165,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "default, again": dict(lewel_m=_rated),
     "lr-x0.5": dict(lewel_m=_rated),
     "lr-x2": dict(lewel_m=_rated, lewel_b=range(12, 20)),
-    "epochs-x3": dict(lewel_m=_few[:2], lewel_b=_few),
+    "epochs-x3": dict(lewel_m=_few, lewel_b=_few),
     "crops-from-0.2": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6-sharp": dict(lewel_m=_few, lewel_b=_few),
@@ -173,6 +173,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "map-6x6-random": dict(lewel_m=_last),
     "map-6x6-uniform": dict(lewel_m=_last)} | {f"map-6x6-{rate}": dict(mocov2=_last[:3]) for rate in _rates}
 
+# %% ../nbs/12_paper.ipynb #afaf6cc1
 def condition_folder(
     condition:str, # one of `conditions`
     method:str, # a LEWEL method or a baseline

@@ -9,7 +9,7 @@ __all__ = ['create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Prec
            'open_shared', 'pretrain', 'StopAt']
 
 # %% ../nbs/17_pretrain.ipynb #51c69077
-import math, shutil, sys, time
+import math, shutil, signal, sys, time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -453,7 +453,7 @@ def compile_networks(
     except Exception as e: raise UserError(f"compile=True, but torch.compile does not work here ({str(e).strip().splitlines()[0]}): leave it out, or install the compiler that it needs") from e
     for network in (method.online, method.target): network.compile()
 
-# %% ../nbs/17_pretrain.ipynb #d5b4959d
+# %% ../nbs/17_pretrain.ipynb #6e4b7a3c
 def open_shared(
     data, # "scenes", "imagenette", a folder of images, or an `ImageSet`
     size:int, # for the embedded images, pixels

@@ -202,6 +202,8 @@ def gather_maps(
     return dict(run=np.array(read_record(run)["id"]), epochs=np.array(epochs), names=np.array(names), **views,
                 **{f"maps{i + 1}": torch.stack([m[i][:, names] for m in at]).numpy() for i in range(2)})
 
+
+# %% ../nbs/28_visualize.ipynb #903f86b2
 @styled
 def show_training(
     arrays:dict, # from `gather_maps`

@@ -111,7 +111,7 @@ def streamed(
 )->Batches:
     "Features of random crops and flips, computed anew for each epoch."
     recipe = ViewRecipe(size, area=protocol.area, flip=protocol.flip, jitter=0., gray=0.)
-    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers)
+    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers, epochs=protocol.cached_passes or protocol.epochs)
     labels = images.labels.cpu()
     def make(epoch, start):
         loader.epoch, loader.start = epoch, start

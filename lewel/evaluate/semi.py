@@ -148,10 +148,11 @@ def batch_loss(
     seed:int, # of order and crops
     device, # to work on
     workers:int, # processes that decode files
+    epochs:int=1, # how many there will be: between them the workers go on
 ): # (step -> loss, for steps one after another from any first one; steps in an epoch)
     "Cross-entropy on the random crops of a step."
     recipe = ViewRecipe(size, area=protocol.area, flip=protocol.flip, jitter=0., gray=0.)
-    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers)
+    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers, epochs=epochs)
     labels, batches = images.labels.to(device), None
     def loss_of(step):
         nonlocal batches
@@ -177,7 +178,7 @@ def fit_part(
     "Fine-tune a network on the labelled part of a set."
     model = classifier_on(backbone, classes, seed).to(device)
     digest = hashlib.sha256(repr((weights_fingerprint(model), images.fingerprint(), part, protocol, size, seed)).encode()).hexdigest()[:16]
-    loss_of, steps = batch_loss(model, images, protocol, size, seed, device, workers)
+    loss_of, steps = batch_loss(model, images, protocol, size, seed, device, workers, part.epochs)
     schedule = StepSchedule(part.epochs*steps, protocol.milestones, protocol.gamma)
     batch_size = min(protocol.batch_size, len(images))
     return finetune(model, loss_of, optimizer_for(model, part, protocol), schedule, title, batch_size, state_file, f"semi {part.percent}% {digest}")
