@@ -26,7 +26,7 @@ from .alignment import project_first
 from .backbones import create_backbone, num_features
 from .core import UserError, atomic_write, check_choice
 from .data import FolderSet, MemorySet, open_folder
-from .interop import check_place
+from .interop import check_place, commit_words
 from .methods import check_options, create_method
 from .optim import LARS, lars_parameters
 from .pretrain import Precision, compile_networks
@@ -466,7 +466,7 @@ def drain(
             watch.mark(what)
     return run
 
-# %% ../nbs/30_bench.ipynb #36414ea6
+# %% ../nbs/30_bench.ipynb #e9bcc1cb
 def time_files(
     photos:FolderSet, # used again and again
     size:int, # of a view, pixels
@@ -594,7 +594,7 @@ def _about(record):
             f"hidden layers {s['hidden_dim']}, d = {s['dim']}, h = {s['groups']}, {s['precision']}. "
             f"Medians of {record['repeats']} repetitions (files, worker: at most 3) in which all of a table take turns. "
             f"torch {v['torch']}, lightly {v['lightly'] or 'not installed'}, timm {v['timm'] or 'not installed'}. "
-            f"{record['created'][:10]}, commit {(record['git']['commit'] or 'unknown')[:7]}{', with changes' if record['git']['dirty'] else ''}.")
+            f"{record['created'][:10]}, {commit_words(record['git'])}.")
 
 def _bars(record):
     "The bars of the device, and how many workers a step needs."
