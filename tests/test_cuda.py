@@ -73,10 +73,10 @@ class Strict(Callback):
 class Reads(Callback):
     def after_pred(self): self.pred.loss.item()
 
-def strict_training(method, optimizer, accumulate=1, *more):
+def strict_training(method, optimizer, accumulate=1, *more, source=None, workers=0):
     recipe = get_recipe(method, "smoke").changed(batch_size=8, epochs=1, optimizer=optimizer, precision="bfloat16")
     model = prepare_method(recipe).to(DEVICE, memory_format=torch.channels_last)
-    learn = Pretraining(make_loader(images(), recipe, DEVICE, accumulate=accumulate), model, create_optimizer(model, recipe), recipe, DEVICE,
+    learn = Pretraining(make_loader(source or images(), recipe, DEVICE, workers, accumulate), model, create_optimizer(model, recipe), recipe, DEVICE,
                         [Steps(), Precision(recipe.precision, DEVICE), Curve(1000, lines=False), Strict(), *more], accumulate)
     try:
         with learn.no_logging(): learn.fit(1)
@@ -88,6 +88,10 @@ def strict_training(method, optimizer, accumulate=1, *more):
 def test_steps_wait_for_nothing(method, optimizer): strict_training(method, optimizer)
 
 def test_parts_wait_for_nothing(): strict_training("lewel_m", "sgd", 2)
+
+def test_steps_from_files_wait_for_nothing(tmp_path):
+    "Crops come over from pinned memory."
+    strict_training("byol", "sgd", source=open_folder(draw(tmp_path, 96)), workers=2)
 
 def test_waiting_is_noticed():
     with pytest.raises(RuntimeError, match="synchroniz"): strict_training("byol", "sgd", 1, Reads())
