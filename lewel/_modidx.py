@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lewel.cli.dry_pretrain': ('cli.html#dry_pretrain', 'lewel/cli.py'),
                            'lewel.cli.evaluate_command': ('cli.html#evaluate_command', 'lewel/cli.py'),
                            'lewel.cli.export_command': ('cli.html#export_command', 'lewel/cli.py'),
+                           'lewel.cli.first_on_node': ('cli.html#first_on_node', 'lewel/cli.py'),
                            'lewel.cli.first_process': ('cli.html#first_process', 'lewel/cli.py'),
                            'lewel.cli.listed': ('cli.html#listed', 'lewel/cli.py'),
                            'lewel.cli.logger_callbacks': ('cli.html#logger_callbacks', 'lewel/cli.py'),

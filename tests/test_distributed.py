@@ -201,3 +201,9 @@ def test_killed_process_ends_the_job(job, callbacks):
     assert load_checkpoint(root/"killed/last.pt")["method"]["updates"] == state["method"]["updates"] + 2
 
 if __name__ == "__main__": work(Path(sys.argv[1]))
+
+def test_bad_input_is_said_once(tmp_path):
+    "By the first process of a node, for all of them."
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lewel.pretrain", "--data", "scenes", "--out", str(tmp_path/"run"), "--device", "cpu", "--method", "lewel_c"]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1"))
+    assert done.returncode == 1 and done.stdout.count("lewel-pretrain: error:") == 1 and "unknown method 'lewel_c'" in done.stdout, done.stdout
