@@ -173,7 +173,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "map-6x6-random": dict(lewel_m=_last),
     "map-6x6-uniform": dict(lewel_m=_last)} | {f"map-6x6-{rate}": dict(mocov2=_last[:3]) for rate in _rates}
 
-# %% ../nbs/12_paper.ipynb #afaf6cc1
+# %% ../nbs/12_paper.ipynb #ca87589f
 def condition_folder(
     condition:str, # one of `conditions`
     method:str, # a LEWEL method or a baseline
