@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PACKAGES = --quiet --constraint constraints.txt --editable
 install  = $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(PACKAGES) '.[$(1)]' || $(BIN)/pip install $(PACKAGES) '.[$(1)]'
 export PATH := $(abspath $(BIN)):$(PATH)
-# SCALE=demo SEEDS=3 DENSE_SEEDS=1 ABLATION_SEEDS=1 CONDITIONS=1 DEVICE=cpu MAX_MINUTES=60 override settings.ini; DRY_RUN=1 only prints the plan
+# SCALE=demo SEEDS=3 DENSE_SEEDS=1 ABLATION_SEEDS=1 CONDITIONS=1 DEVICE=cpu MAX_MINUTES=60 override settings.ini; DRY_RUN=1 only prints the plan; KEEP=1 adds to the results that are here
 export LEWEL_SCALE          := $(or $(SCALE),$(LEWEL_SCALE))
 export LEWEL_SEEDS          := $(or $(SEEDS),$(LEWEL_SEEDS))
 export LEWEL_DENSE_SEEDS    := $(or $(DENSE_SEEDS),$(LEWEL_DENSE_SEEDS))
@@ -17,6 +17,7 @@ export LEWEL_CONDITIONS     := $(or $(CONDITIONS),$(LEWEL_CONDITIONS))
 export LEWEL_DEVICE         := $(or $(DEVICE),$(LEWEL_DEVICE))
 export LEWEL_MAX_MINUTES    := $(or $(MAX_MINUTES),$(LEWEL_MAX_MINUTES))
 export LEWEL_DRY_RUN        := $(or $(DRY_RUN),$(LEWEL_DRY_RUN))
+export LEWEL_KEEP           := $(or $(KEEP),$(LEWEL_KEEP))
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # how many jobs with a GPU run at a time: as many as this machine has; where SNAKEMAKE names a profile or an executor, the cluster's machines count, not this one
 GPUS   ?= $(if $(filter --profile% --executor% -e,$(SNAKEMAKE)),,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU))

@@ -1,10 +1,11 @@
 """Run the experiments of a scale, then write the page and print the tables. Settings: settings.ini, or the environment; arguments go to Snakemake.
 
-With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing."""
+With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing.
+With LEWEL_KEEP=1 results that came with the repository are kept and added to; else they are put aside and computed again."""
 import os, subprocess, sys
 from pathlib import Path
 from lewel.core import UserError, read_failures
-from lewel.experiments import check_data, evaluation_groups, forget_failures, only_one, published_copy, put_aside, read_settings, write_page
+from lewel.experiments import adopt, check_data, evaluation_groups, forget_failures, only_one, published_copy, put_aside, read_settings, write_page
 from lewel.results import compare_records, read_records
 
 def main():
@@ -16,7 +17,8 @@ def main():
     results = Path("results")/settings.scale
     published = published_copy(results)
     with only_one(results) as lock:
-        if put_aside(results): print(f"the results that came with the repository are now in {published}; all is computed again")
+        if os.environ.get("LEWEL_KEEP"): print(f"{adopt(results)} jobs are taken over as done, by their records")
+        elif put_aside(results): print(f"the results that came with the repository are now in {published}; all is computed again")
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
         done = subprocess.run(["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params", "--quiet", "rules", "progress", "host", *sys.argv[1:]], pass_fds=[lock])
         page = write_page(results)

@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lewel.experiments._figure': ('experiments.html#_figure', 'lewel/experiments.py'),
                                    'lewel.experiments._section': ('experiments.html#_section', 'lewel/experiments.py'),
                                    'lewel.experiments._shown': ('experiments.html#_shown', 'lewel/experiments.py'),
+                                   'lewel.experiments.adopt': ('experiments.html#adopt', 'lewel/experiments.py'),
                                    'lewel.experiments.altered': ('experiments.html#altered', 'lewel/experiments.py'),
                                    'lewel.experiments.check_data': ('experiments.html#check_data', 'lewel/experiments.py'),
                                    'lewel.experiments.check_device': ('experiments.html#check_device', 'lewel/experiments.py'),

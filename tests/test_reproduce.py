@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from lewel.core import atomic_write
 from lewel.cost import condition_plan
-from lewel.experiments import Settings, only_one
+from lewel.experiments import Settings, adopt, only_one
 from lewel.paper import condition_runs
 from lewel.results import read_records
 
@@ -100,3 +100,14 @@ def test_slurm_profile(tmp_path, monkeypatch):
     assert code == 0, err
     trainings = re.findall(r"^rule (?:pretrain|supervised|evaluate|ablation):.*?resources: (.*?)$", out + err, re.M | re.S)
     assert len(trainings) > 20 and all("slurm_partition=gpu" in r and r.endswith("gpu=1") for r in trainings)
+
+def test_published_results_can_be_added_to(tmp_path):
+    "KEEP=1: what has a record counts as done, and one more seed is one more job of each kind."
+    shutil.copy(root/"settings.ini", tmp_path)
+    shutil.copytree(root/"results/demo", tmp_path/"results/demo", ignore=shutil.ignore_patterns("marks", "*.pt"))
+    assert adopt(tmp_path/"results/demo") > 300
+    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", root/"experiments/Snakefile", "--directory", tmp_path, "--cores", 1, "--nolock", "--rerun-triggers", "mtime", "input", "params",
+                          "--dry-run", "--quiet", "rules", LEWEL_SCALE="demo", LEWEL_SEEDS="4", LEWEL_CONDITIONS="1")
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", out + err, re.M))
+    assert code == 0 and (jobs["pretrain"], jobs["supervised"], jobs["evaluate"], jobs["evaluate_dense"]) == ("4", "1", "6", "6") and "condition" not in jobs, err
+    assert {"table", "figure", "figure_alignment", "figure_conditions"} <= jobs.keys()
