@@ -20,10 +20,13 @@ def main():
         if os.environ.get("LEWEL_KEEP"): print(f"{adopt(results)} jobs are taken over as done, by their records")
         elif put_aside(results): print(f"the results that came with the repository are now in {published}; all is computed again")
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
-        done = subprocess.run(["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params", "--quiet", "rules", "progress", "host", *sys.argv[1:]], pass_fds=[lock])
+        done = subprocess.run(["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--keep-going",
+                               "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params", "--quiet",
+                               "rules", "progress", "host", *sys.argv[1:]], pass_fds=[lock])
         page = write_page(results)
     for table in sorted((results/"tables").glob("*.md")): print("\n" + table.read_text())
-    for kind in "tables", "figures", "runs", "evaluations", "ablations", "notebooks": print(f"{kind:12} {results/kind}/  ({len(list((results/kind).glob('*')))})")
+    for kind in "tables", "figures", "runs", "evaluations", "ablations", "notebooks":
+        print(f"{kind:12} {results/kind}/  ({len(list((results/kind).glob('*')))})")
     print(f"all on a page: {page}")
     same = compare_records(read_records(results), read_records(published))
     if len(same): print(f"\nthe same runs in {published}, this folder's numbers less those:\n{same.to_string(index=False)}")

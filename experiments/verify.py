@@ -7,6 +7,7 @@ if __name__ == "__main__":
     kept = [place for scale in ("demo", "imagenette", "paper") if ((place := Path("results")/scale)/"notebooks").exists()]
     wrong = [text for place in kept for text in (*verify(place), *altered(place))]
     wrong += verify_readme()
-    if Path("README.md").read_text() != runpy.run_path("nbs/readme.py")["readme"]("nbs/index.ipynb"): wrong.append("README.md is not what nbs/index.ipynb says: make readme")
+    if Path("README.md").read_text() != runpy.run_path("nbs/readme.py")["readme"]("nbs/index.ipynb"):
+        wrong.append("README.md is not what nbs/index.ipynb says: make readme")
     print("\n".join(wrong) if wrong else "every table, figure, printed and quoted number follows from the records")
     sys.exit(bool(wrong))

@@ -143,7 +143,8 @@ class CoupledHead(nn.Module):
     ):
         super().__init__()
         for what, n in ("feature channels", channels), ("embedding dimensions", dim):
-            if groups < 1 or n % groups: raise UserError(f"groups={groups} does not divide the {n} {what}; choose a divisor of both {channels} and {dim}")
+            if groups < 1 or n % groups:
+                raise UserError(f"groups={groups} does not divide the {n} {what}; choose a divisor of both {channels} and {dim}")
         if not scale > 0: raise UserError(f"scale={scale} must be positive")
         self.groups, self.scale, self.normalize, self.aggregation = groups, scale, normalize, check_choice("aggregation", aggregation, aggregations)
         self.g, self.p = (Head(channels, hidden_dim, dim, norm) for _ in range(2))

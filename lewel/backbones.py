@@ -74,13 +74,17 @@ def num_features(
     try:
         shape = wide = shape_for(size)
         with suppress(Exception): wide = shape_for(2*size)        # a network may be for square images only
-    except Exception as e: raise UserError(f"backbone {type(backbone).__name__} cannot take an image of {size} x {size} pixels ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): give one that takes any size") from e
+    except Exception as e:
+        raise UserError(f"backbone {type(backbone).__name__} cannot take an image of {size} x {size} pixels "
+                        f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): give one that takes any size") from e
     finally:
         for m, mode in modes: m.training = mode
     if not (isinstance(shape, tuple) and len(shape) == 4):
         raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x height x width to a feature map B x C x H x W; it returned {shape}. "
                         "Leave off its pooling and classifier.")
-    if shape[3] == wide[3] and shape[1:3] != wide[1:3]: raise UserError(f"backbone {type(backbone).__name__} gives {shape} for a square image and {wide} for one of twice the width: channels must come second, so permute its output to B x C x H x W")
+    if shape[3] == wide[3] and shape[1:3] != wide[1:3]:
+        raise UserError(f"backbone {type(backbone).__name__} gives {shape} for a square image and {wide} for one of "
+                        "twice the width: channels must come second, so permute its output to B x C x H x W")
     return shape[1]
 
 # %% ../nbs/04_backbones.ipynb #beadc961
@@ -98,7 +102,9 @@ def create_backbone(
     "A backbone that gives feature maps. Raises `UserError` for an unknown name."
     if isinstance(backbone, nn.Module): return backbone
     if backbone == "small": return small_resnet()
-    if backbone.startswith("own:"): raise UserError(f"the backbone {backbone} is a module of your own: give it in Python, as backbone=, to pretrain, load_run or evaluate")
+    if backbone.startswith("own:"):
+        raise UserError(f"the backbone {backbone} is a module of your own: give it in Python, as backbone=, to "
+                        "pretrain, load_run or evaluate")
     if backbone not in resnets and find_spec("timm"):
         import timm
         if timm.is_model(backbone): return timm.create_model(backbone, num_classes=0, global_pool="")

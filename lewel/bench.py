@@ -623,7 +623,9 @@ def published_bench(
 )->Path: # its JSON file
     "The published record of a device. Raises `UserError` unless there is just one."
     found = [path for path in sorted(Path(folder).glob("*.json")) if json.loads(path.read_text())["device"] == device]
-    if len(found) != 1: raise UserError(f"{len(found)} records of device {device!r} in {folder}, where one belongs: keep your own in another folder (lewel-bench --out FOLDER)")
+    if len(found) != 1:
+        raise UserError(f"{len(found)} records of device {device!r} in {folder}, where one belongs: keep your own in "
+                        "another folder (lewel-bench --out FOLDER)")
     return found[0]
 
 # %% ../nbs/30_bench.ipynb #ba6fa8fa

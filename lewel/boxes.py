@@ -41,7 +41,8 @@ class BoxSet:
         try: pixels = decode_image(image)
         except UnreadableImage as e: raise UserError(f"{image} cannot be read ({e}): repair it, or take it out of the set") from e
         if (size := tuple(pixels.shape[1:])) != (told := self.objects[i]["size"]):
-            raise UserError(f"{image} is {size[1]} x {size[0]} pixels, its annotations say {told[1]} x {told[0]}: give the image that was annotated")
+            raise UserError(f"{image} is {size[1]} x {size[0]} pixels, its annotations say {told[1]} x {told[0]}: "
+                            "give the image that was annotated")
         return pixels
 
 # %% ../nbs/23_boxes.ipynb #49a1f0e7
@@ -71,7 +72,8 @@ def pack_objects(
     shapes=None, # see `draw_masks`
 )->dict: # what a `BoxSet` keeps of an image
     "The objects of one image as tensors."
-    flags = {k: torch.zeros(len(labels), dtype=torch.bool) if v is None else torch.tensor(v, dtype=torch.bool) for k, v in dict(crowd=crowd, difficult=difficult).items()}
+    flags = {k: torch.zeros(len(labels), dtype=torch.bool) if v is None else torch.tensor(v, dtype=torch.bool)
+             for k, v in dict(crowd=crowd, difficult=difficult).items()}
     boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))
     return dict(boxes=boxes, labels=torch.as_tensor(labels, dtype=torch.long), **flags, size=size, shapes=shapes)
 
@@ -133,7 +135,8 @@ def fit_box(
     (x1, y1, x2, y2), (height, width) = box, size
     told = f"{where}: the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g})"
     if not np.isfinite(box).all() or x2 < x1 or y2 < y1: raise UserError(f"{told} is not a box: correct it")
-    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1: raise UserError(f"{told} leaves its image of {width} x {height} pixels: correct it, or give the image that was annotated")
+    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+        raise UserError(f"{told} leaves its image of {width} x {height} pixels: correct it, or give the image that was annotated")
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     return (x1, y1, x2, y2) if np.float32(x2) > np.float32(x1) and np.float32(y2) > np.float32(y1) else None
 
@@ -220,7 +223,8 @@ def voc_names(
 )->list: # (folder, name) of its images
     "The images of a split; raises `UserError` if there is none."
     if len(folders) == 2:
-        if split == "val": raise UserError(f"{folders[0].parent} holds VOC2007 and VOC2012, which are trained on with their val split: use the test split")
+        if split == "val":
+            raise UserError(f"{folders[0].parent} holds VOC2007 and VOC2012, which are trained on with their val split: use the test split")
         folders, split = (folders[:1], split) if split == "test" else (folders, "trainval")
     files = [f/"ImageSets"/"Main"/f"{split}.txt" for f in folders]
     for f in files:
@@ -236,7 +240,9 @@ def voc_image(
 )->tuple: # path, (height, width)
     "Find an image of any format and its size; raises `UserError`."
     path = next((p for s in (".jpg", *sorted(EXTENSIONS)) if (p := folder/"JPEGImages"/f"{name}{s}").is_file()), None)
-    if path is None: raise UserError(f"{folder/'JPEGImages'/name}.jpg is missing: take {name} off the lists in {folder/'ImageSets'/'Main'}, or add the image")
+    if path is None:
+        raise UserError(f"{folder/'JPEGImages'/name}.jpg is missing: take {name} off the lists in "
+                        f"{folder/'ImageSets'/'Main'}, or add the image")
     try: return path, image_size(path)
     except UnreadableImage as e: raise UserError(f"{path} cannot be read ({e}): repair it, or take it out of the set") from e
 
@@ -253,16 +259,20 @@ def open_voc(
             path, size = voc_image(folder, name)
             yield folder/"Annotations"/f"{name}.xml", path, size, voc_objects(folder/"Annotations"/f"{name}.xml", size)
     rows = list(read(split))
-    training = rows if split == "train" else read("train" if len(folders) == 2 or (folders[0]/"ImageSets"/"Main"/"train.txt").is_file() else "trainval")
+    training = rows if split == "train" else read("train"
+        if len(folders) == 2 or (folders[0]/"ImageSets"/"Main"/"train.txt").is_file() else "trainval")
     index = {name: k for k, name in enumerate(sorted({name for *_, found in training for name, *_ in found}))}
     objects = []
     for file, _, size, found in rows:
         for i, (name, *_) in enumerate(found, 1):
-            if name not in index: raise UserError(f"{file}, object {i}, name: class {name!r} is not among the {len(index)} of the training annotations ({', '.join(list(index)[:20])})")
+            if name not in index:
+                raise UserError(f"{file}, object {i}, name: class {name!r} is not among the {len(index)} of the "
+                                f"training annotations ({', '.join(list(index)[:20])})")
         kept = [(index[name], box, difficult) for name, box, difficult in found if box]
         labels, boxes, difficult = zip(*kept) if kept else ((), (), ())
         objects.append(pack_objects(size, boxes, labels, difficult=difficult))
-    return BoxSet([path for _, path, *_ in rows], objects, list(index), f"{root.resolve().name}-{split}", sum(box is None for *_, found in rows for _, box, _ in found))
+    return BoxSet([path for _, path, *_ in rows], objects, list(index), f"{root.resolve().name}-{split}",
+                  sum(box is None for *_, found in rows for _, box, _ in found))
 
 # %% ../nbs/23_boxes.ipynb #eef109ae
 def coco_files(
@@ -272,7 +282,9 @@ def coco_files(
     "Where a split of a COCO set is; raises `UserError` if that is not clear."
     files = sorted((root/"annotations").glob(f"instances_{split}*.json"))
     if not files: return None
-    if len(files) > 1: raise UserError(f"{root/'annotations'} has {len(files)} files for the {split} split ({', '.join(f.name for f in files)}): leave one")
+    if len(files) > 1:
+        raise UserError(f"{root/'annotations'} has {len(files)} files for the {split} split "
+                        f"({', '.join(f.name for f in files)}): leave one")
     name = files[0].stem.removeprefix("instances_")
     for folder in root/name, root/"images"/name:
         if folder.is_dir(): return files[0], folder
@@ -286,7 +298,8 @@ def read_coco(
     except ValueError as e: raise UserError(f"{file} is not valid JSON ({e}): repair it") from None
     for field in "images", "annotations", "categories":
         entries = data.get(field) if isinstance(data, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries): raise UserError(f"{file}: {field} is not a list of objects with fields: give a file in the format of COCO's instances")
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise UserError(f"{file}: {field} is not a list of objects with fields: give a file in the format of COCO's instances")
     return data
 
 def coco_field(
@@ -309,7 +322,8 @@ def coco_shape(
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts", "")
         if segmentation.get("size") != list(size) or isinstance(counts, list) and sum(counts) != size[0]*size[1]:
-            raise UserError(f"{where}, segmentation: run lengths for size {segmentation.get('size')} and an image of {list(size)} (height, width): they must agree")
+            raise UserError(f"{where}, segmentation: run lengths for size {segmentation.get('size')} and an image of "
+                            f"{list(size)} (height, width): they must agree")
         return segmentation
     try: polygons = [np.array(p, dtype=np.float64) for p in segmentation]
     except (TypeError, ValueError): raise UserError(f"{where}, segmentation: not a list of polygons x, y, x, y, ...: correct it") from None
@@ -328,7 +342,8 @@ def coco_object(
     bbox = coco_field(entry, "bbox", where)
     try: x, y, width, height = map(float, bbox)
     except (TypeError, ValueError): raise UserError(f"{where}, bbox: {bbox} is not left, top, width, height: correct it") from None
-    return fit_box((x, y, x + width, y + height), size, f"{where}, bbox"), bool(entry.get("iscrowd", 0)), coco_shape(entry.get("segmentation"), size, where)
+    return fit_box((x, y, x + width, y + height), size,
+                   f"{where}, bbox"), bool(entry.get("iscrowd", 0)), coco_shape(entry.get("segmentation"), size, where)
 
 # %% ../nbs/23_boxes.ipynb #60dc5ae9
 def coco_classes(
@@ -337,10 +352,14 @@ def coco_classes(
     training:Path|None, # JSON of the training split; None: there is none, and `file` has to do
 )->dict: # id -> (index, name)
     "The classes of a COCO set; raises `UserError` if two files disagree."
-    def names(data, file): return {coco_field(c, "id", f"{file}, categories"): coco_field(c, "name", f"{file}, categories") for c in data["categories"]}
+    def names(data, file):
+        return {coco_field(c, "id", f"{file}, categories"): coco_field(c, "name", f"{file}, categories") for c in data["categories"]}
     known = names(data if training in (None, file) else read_coco(training), training or file)
     for key, name in names(data, file).items():
-        if known.get(key) != name: raise UserError(f"{file}, categories: id {key} is {name!r}, but {repr(known[key]) if key in known else 'missing'} in {training}: give both splits the same categories")
+        if known.get(key) != name:
+            raise UserError(f"{file}, categories: id {key} is {name!r}, but "
+                            f"{repr(known[key]) if key in known else 'missing'} in {training}: give both splits the "
+                            "same categories")
     return {key: (index, known[key]) for index, key in enumerate(sorted(known))}
 
 # %% ../nbs/23_boxes.ipynb #e8b3f47b
@@ -354,8 +373,10 @@ def coco_images(
     for i, entry in enumerate(data["images"]):
         where = f"{file}, images[{i}]"
         key, name, height, width = (coco_field(entry, k, where) for k in ("id", "file_name", "height", "width"))
-        if not (isinstance(height, int) and isinstance(width, int)): raise UserError(f"{where}: height {height!r} and width {width!r} are not whole numbers: correct them")
-        if name not in there and not (folder/name).is_file(): raise UserError(f"{where}, file_name: {folder/name} is missing: add the image, or take it and its annotations out of the file")
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise UserError(f"{where}: height {height!r} and width {width!r} are not whole numbers: correct them")
+        if name not in there and not (folder/name).is_file():
+            raise UserError(f"{where}, file_name: {folder/name} is missing: add the image, or take it and its annotations out of the file")
         out[key] = folder/name, (height, width)
     return out
 
@@ -371,8 +392,12 @@ def coco_rows(
     for i, entry in enumerate(data["annotations"]):
         where = f"{file}, annotation {entry.get('id', f'[{i}]')}"
         image, category = coco_field(entry, "image_id", where), coco_field(entry, "category_id", where)
-        if image not in images: raise UserError(f"{where}, image_id: {image} is not the id of one of the {len(images)} images: remove the annotation, or list the image")
-        if category not in classes: raise UserError(f"{where}, category_id: {category} is not the id of one of the {len(classes)} categories: correct it, or list the category")
+        if image not in images:
+            raise UserError(f"{where}, image_id: {image} is not the id of one of the {len(images)} images: remove "
+                            "the annotation, or list the image")
+        if category not in classes:
+            raise UserError(f"{where}, category_id: {category} is not the id of one of the {len(classes)} "
+                            "categories: correct it, or list the category")
         box, crowd, shape = coco_object(entry, images[image][1], where)
         if box is None: dropped += 1
         else: rows[image].append((box, classes[category][0], crowd, shape))
@@ -384,7 +409,8 @@ def open_coco(
 )->BoxSet: # with masks if every object has one
     "Open a set in COCO's format; raises `UserError` naming file and field."
     split = "val" if split == "test" else split
-    if (found := coco_files(root, split)) is None: raise UserError(f"{root/'annotations'}/instances_{split}*.json is missing: it holds the annotations of the {split} split")
+    if (found := coco_files(root, split)) is None:
+        raise UserError(f"{root/'annotations'}/instances_{split}*.json is missing: it holds the annotations of the {split} split")
     (file, folder), training, data = found, coco_files(root, "train"), read_coco(found[0])
     classes, images = coco_classes(file, data, training and training[0]), coco_images(file, data, folder)
     rows, dropped = coco_rows(file, data, images, classes)
@@ -393,7 +419,8 @@ def open_coco(
         boxes, labels, crowd, shapes = map(list, zip(*row)) if row else ([], [], [], [])
         return pack_objects(size, boxes, labels, crowd=crowd, shapes=shapes if masks else None)
     objects = [pack(size, rows[key]) for key, (_, size) in images.items()]
-    return BoxSet([path for path, _ in images.values()], objects, [name for _, name in classes.values()], f"{root.resolve().name}-{folder.name}", dropped)
+    return BoxSet([path for path, _ in images.values()], objects, [name for _, name in classes.values()],
+                  f"{root.resolve().name}-{folder.name}", dropped)
 
 # %% ../nbs/23_boxes.ipynb #bee51cce
 def open_boxes(
@@ -408,4 +435,5 @@ def open_boxes(
     if not root.is_dir(): raise UserError(f"{root} is not a folder: give scenes, or a folder in the layout of Pascal VOC or COCO")
     if any((root/"annotations").glob("instances_*.json")): return open_coco(root, split)
     if voc_folders(root): return open_voc(root, split)
-    raise UserError(f"{root} is neither in COCO's layout (annotations/instances_train2017.json) nor in Pascal VOC's (Annotations, ImageSets/Main, JPEGImages)")
+    raise UserError(f"{root} is neither in COCO's layout (annotations/instances_train2017.json) nor in Pascal VOC's "
+                    "(Annotations, ImageSets/Main, JPEGImages)")

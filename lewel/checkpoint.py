@@ -108,7 +108,8 @@ def check_same_run(
     changes = [("start", "started from", weights(old.get("builds_on", builds_on)), weights(builds_on)),
                ("accumulate", "trained with accumulate", old.get("accumulate", accumulate), accumulate)]
     for option, what, before, now in changes:
-        if before != now: raise UserError(f"{path} was {what} {before}, not {now}; use the same {option} to resume, or another output folder")
+        if before != now:
+            raise UserError(f"{path} was {what} {before}, not {now}; use the same {option} to resume, or another output folder")
 
 # %% ../nbs/14_checkpoint.ipynb #b66fd7a6
 def load_method(
@@ -118,7 +119,9 @@ def load_method(
     "The method in a checkpoint. Raises `UserError` if there is none."
     state = load_checkpoint(path)
     recipe = Recipe(**state["recipe"])
-    if backbone is not None and recipe.backbone.startswith("own:") and own_name(backbone) != recipe.backbone: raise UserError(f"{path} was trained with the backbone {recipe.backbone}, not {own_name(backbone)}: give the module of that class and shape")
+    if backbone is not None and recipe.backbone.startswith("own:") and own_name(backbone) != recipe.backbone:
+        raise UserError(f"{path} was trained with the backbone {recipe.backbone}, not {own_name(backbone)}: give the "
+                        "module of that class and shape")
     method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
     method.load_state_dict(state["method"])
     return method.eval(), recipe, state

@@ -49,13 +49,16 @@ def run_command(
     except Stopped as e: code, message = e.exit_code, e
     except KeyboardInterrupt: code, message = 130, "interrupted; what was saved before is kept, and the same command goes on from there"
     except NonFiniteLoss as e: code, message = 1, e
-    except OSError as e: code, message = 1, f"{e}{': free some space, then give the same command; what was saved before is kept' if e.errno == errno.ENOSPC else ''}"
+    except OSError as e:
+        code, message = 1, f"{e}{': free some space, then give the same command; what was saved before is kept' if e.errno == errno.ENOSPC else ''}"
     except Exception as e:
         if type(e).__name__ != "OutOfMemoryError": raise         # torch's, which is not imported here
         code, message = 1, f"the GPU's memory is too small ({str(e).splitlines()[0]}): use a smaller batch, or --accumulate where the command has it"
-    if code == 2 and not first_on_node(): time.sleep(5)      # most often all have met it, and torchrun ends the others when the first has said so
+    if code == 2 and not first_on_node():
+        time.sleep(5)      # most often all have met it, and torchrun ends the others when the first has said so
     together = isinstance(message, (Stopped, NonFiniteLoss)) or code == 130         # what all processes of torchrun meet at once
-    if first_process() or not together: print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}\n", end="", file=sys.stderr)     # one write, see `warn`
+    if first_process() or not together:
+        print(f"{parser.prog}: {'error: ' if code < 3 else ''}{message}\n", end="", file=sys.stderr)     # one write, see `warn`
     return code
 
 # %% ../nbs/31_cli.ipynb #0cef8f6e

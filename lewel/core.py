@@ -81,7 +81,8 @@ def write_failure(
     reason:str, # one line
 ):
     "Write `failed.json` atomically."
-    atomic_write(Path(folder)/"failed.json", json.dumps(dict(method=method, seed=seed, protocols=protocols, reason=reason), indent=1, sort_keys=True) + "\n")
+    atomic_write(Path(folder)/"failed.json", json.dumps(dict(method=method, seed=seed, protocols=protocols,
+        reason=reason), indent=1, sort_keys=True) + "\n")
 
 def read_failures(
     root, # folder, searched with everything below it

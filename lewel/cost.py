@@ -96,7 +96,8 @@ def method_counts(
     return parameters | dict(multiply_adds=products*r.batch_size//2, checkpoint_mb=(state_bytes + optimizer_bytes)/2**20)
 
 # %% ../nbs/29_cost.ipynb #e97321e9
-CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80, instance_2x=80, instance_c4=80) # of the paper's data sets
+# of the paper's data sets
+CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80, instance_2x=80, instance_c4=80)
 
 def classes_of(
     name:str, # protocol
@@ -339,7 +340,8 @@ def evaluate_briefly(
 
 # %% ../nbs/29_cost.ipynb #653d5520
 SUSTAINED = 6.4e12 # multiply-adds a second that one GPU keeps up: what the authors' log comes to
-IMAGES = dict(paper=1_281_167, imagenette=9_469, demo=SIZES["train"], smoke=SIZES["train"]) # for pretraining, and labelled ones for evaluations
+# for pretraining, and labelled ones for evaluations
+IMAGES = dict(paper=1_281_167, imagenette=9_469, demo=SIZES["train"], smoke=SIZES["train"])
 
 def gpu_hours(
     multiply_adds:float, # of the whole run
@@ -413,7 +415,8 @@ def protocol_cost(
     products, images = counts["multiply_adds"], training_images(name, p, IMAGES[preset])
     about = dict(kind="evaluation", batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*products, device=device.type,
                  precision="float32", multiply_adds=products*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch)
-    taken = take_twice(lambda n: fresh("evaluate_briefly", name, preset, backbone, size, n, steps, device), batch, batch//2, 2 if crops else 1)
+    taken = take_twice(lambda n: fresh("evaluate_briefly", name, preset, backbone, size, n, steps, device), batch,
+                       batch//2, 2 if crops else 1)
     return counts | about | taken
 
 # %% ../nbs/29_cost.ipynb #dfdaec3e
@@ -545,7 +548,8 @@ def torchrun(
     "The command that trains a run on several GPUs."
     s, base = settings, get_recipe(name, settings.scale)
     if s.scale not in GPUS: return ""
-    options = {k: v for k, v in (dict(device=s.device, workers=s.workers, max_minutes=s.max_minutes) | options).items() if v not in ("auto", 0)}
+    options = {k: v for k, v in (dict(device=s.device, workers=s.workers,
+                                      max_minutes=s.max_minutes) | options).items() if v not in ("auto", 0)}
     changed = {f.name: getattr(recipe, f.name) for f in fields(Recipe) if getattr(recipe, f.name) != getattr(base, f.name)}
     of_method = {k: v for k, v in changed.pop("options", {}).items() if v != base.options.get(k)}
     words = [f"torchrun --standalone --nproc-per-node {GPUS[s.scale]} -m lewel.pretrain --scale {s.scale} --method {name}"]
@@ -614,7 +618,8 @@ def ablation_plan(
         for factor in ("default", *ablation_factors(method, s.scale)):
             runs, name = ablation_runs(method, factor, s.scale, seed), f"{method}-{factor.replace(' ', '-')}-s{seed}"
             out = f"results/{s.scale}/ablations/{name}"
-            command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data, workers=s.workers, out=out)
+            command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data,
+                          workers=s.workers, out=out)
             several = (torchrun(s, r.method, r, data, f"{out}/{run}", monitor_every=r.epochs) for run, r in runs.items())
             yield dict(name=f"{name} ({len(runs)} runs)", command=command, first=[c for c in several if c], work=sum(map(work, runs.values())),
                        kept=sum(2*method_counts(r)["checkpoint_mb"] for r in runs.values()), section="data")
@@ -625,7 +630,8 @@ def condition_plan(
     "The runs under other conditions, if they are asked for."
     for condition, method, seed in condition_runs() if settings.conditions else ():
         r, name = condition_recipe(condition, method, seed), f"{condition}/{method}-s{seed}"
-        command = job("condition", settings, name, "conditioned", scale=None, condition=condition, method=method, seed=seed, out=f"results/{settings.scale}/conditions/{name}")
+        command = job("condition", settings, name, "conditioned", scale=None, condition=condition, method=method,
+                      seed=seed, out=f"results/{settings.scale}/conditions/{name}")
         work = pretrain_work(r, IMAGES[settings.scale]) + evaluation_work(["knn", "linear"], settings.scale, r)
         yield dict(name=name, command=command, work=work, kept=2*method_counts(r)["checkpoint_mb"], section="data")
 
@@ -674,7 +680,8 @@ def _print_totals(rows, extra, needs, sustained):
           f"multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second: arithmetic only. To decode images and to launch "
           "kernels takes time as well. Training only, without the tests on the test sets.")
     print(f"Disk: {number(gb)} GB of checkpoints (last.pt and best.pt of every run; evaluations keep none, their states of at most "
-          f"{number(max(r['passing_gb'] for r in rows))} GB each are removed), {number(sum(d['gb'] for d in needs))} GB of data, as far as its size is known.")
+          f"{number(max(r['passing_gb'] for r in rows))} GB each are removed), {number(sum(d['gb'] for d in needs))} "
+          "GB of data, as far as its size is known.")
     if extra: print(f"With the ablations of one seed: {number(hours + more)} GPU-hours, {number(gb + more_gb)} GB of checkpoints.")
 
 # %% ../nbs/29_cost.ipynb #44f1727c

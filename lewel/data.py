@@ -58,7 +58,8 @@ class MemorySet(ImageSet):
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.long)
             if len(labels) != len(images): raise UserError(f"{len(labels)} labels for {len(images)} images: give one label per image")
-            if len(labels) and labels.min() < 0: raise UserError(f"label {labels.min()}: labels are class indices from 0; leave images without a label out")
+            if len(labels) and labels.min() < 0:
+                raise UserError(f"label {labels.min()}: labels are class indices from 0; leave images without a label out")
         self.images, self.labels, self.classes, self.name, self.skipped, self.paths = images, labels, classes, name, list(skipped), paths
 
     def __len__(self): return len(self.images)
@@ -100,11 +101,14 @@ def _opened(path):
 
 def _turn(image):
     "EXIF orientation, 1 to 8, from what precedes the pixels: Pillow would decode a PNG to look for it behind them, and has turned a TIFF already."
-    if image.format == "TIFF" or image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys(): return 1
+    if image.format == "TIFF" or image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp",
+            "XML:com.adobe.xmp"} & image.info.keys():
+        return 1
     return image.getexif().get(0x112, 1)
 
 def _to_rgb(image):
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"): raise UnreadableImage("32-bit gray has no agreed range: convert it to 8 or 16 bits")
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise UnreadableImage("32-bit gray has no agreed range: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # I;16 and its variants; of PNG and PGM also I: 16-bit gray
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -225,7 +229,8 @@ def to_memory(
     workers:int=2, # decoding threads
 )->MemorySet: # the readable images
     "Decode all images into one tensor; raises `UserError` if their sizes differ or none can be read."
-    if (size := self.shared_size()) is None: raise UserError(f"the images in {self.root} differ in size: resize them, or stream them from the folder")
+    if (size := self.shared_size()) is None:
+        raise UserError(f"the images in {self.root} differ in size: resize them, or stream them from the folder")
     images, kept = torch.empty(len(self), 3, *size, dtype=torch.uint8), []
     def put(i):
         try: images[i] = self.image(i)
@@ -237,7 +242,8 @@ def to_memory(
     if not kept: raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
     out = MemorySet(images, self.labels, self.classes, self.name, self.skipped, self.paths)
     if len(kept) == len(self): return out
-    warn(f"{len(self) - len(kept)} of {len(self)} images in {self.root} skipped: {', '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}")
+    warn(f"{len(self) - len(kept)} of {len(self)} images in {self.root} skipped: "
+         f"{', '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}")
     return out.subset(kept)
 
 # %% ../nbs/01_data.ipynb #2dc0decd
@@ -274,7 +280,9 @@ def _check_split_names(root):
     named = [f for f in (split_folder(root, s) for s in SPLITS) if f]
     if len(named) != 1: return
     others = [f for f in sorted(root.iterdir()) if f.is_dir() and f != named[0] and not f.name.startswith(".") and list_images(f)]
-    if others: raise UserError(f"{named[0]} may be a split or a class, since {others[0].name} beside it holds images, too: give {named[0]} to use it alone, or rename it if it is a class")
+    if others:
+        raise UserError(f"{named[0]} may be a split or a class, since {others[0].name} beside it holds images, too: "
+                        f"give {named[0]} to use it alone, or rename it if it is a class")
 
 def _images_in(root, split):
     "The folder that holds `split`, and its images."
@@ -306,7 +314,9 @@ def open_folder(
                                           f"to pretrain without labels, give the folder that holds the images, {folder/classes[0]}")
     if split == "val" and has_split(root, "train"):
         extra, classes = classes, train_classes or class_names(_images_in(root, "train")[1]) or classes
-        if extra := sorted(set(extra) - set(classes)): raise UserError(f"class {extra[0]!r} of {folder} is not among the {len(classes)} classes of the train split: rename or remove it")
+        if extra := sorted(set(extra) - set(classes)):
+            raise UserError(f"class {extra[0]!r} of {folder} is not among the {len(classes)} classes of the train "
+                            "split: rename or remove it")
     index = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([index[p.split("/")[0]] for p in paths])
     return FolderSet(folder, paths, labels, classes, name=root.resolve().name, strict=strict)
@@ -324,7 +334,8 @@ def imagenette_folder()->Path:
     from fastai.data.external import URLs, untar_data
     try: return Path(untar_data(URLs.IMAGENETTE_160))
     except Exception as e:
-        raise UserError(f"Imagenette could not be downloaded ({type(e).__name__}): fetch and unpack {URLs.IMAGENETTE_160} yourself and give the folder's path instead") from e
+        raise UserError(f"Imagenette could not be downloaded ({type(e).__name__}): fetch and unpack "
+                        f"{URLs.IMAGENETTE_160} yourself and give the folder's path instead") from e
 
 def open_data(
     data, # "scenes", "imagenette" or the path of a folder

@@ -63,8 +63,10 @@ class Settings:
         self.seeds = whole_number("seeds", self.seeds, 1)
         for name in "dense_seeds", "ablation_seeds":
             if getattr(self, name) is None: setattr(self, name, self.seeds)
-        for name in "dense_seeds", "ablation_seeds", "conditions", "workers", "max_minutes": setattr(self, name, whole_number(name, getattr(self, name), 0))
-        if self.conditions and self.scale != "demo": raise UserError(f"setting conditions={self.conditions}: there are other conditions of scale demo only, not of {self.scale}")
+        for name in "dense_seeds", "ablation_seeds", "conditions", "workers", "max_minutes":
+            setattr(self, name, whole_number(name, getattr(self, name), 0))
+        if self.conditions and self.scale != "demo":
+            raise UserError(f"setting conditions={self.conditions}: there are other conditions of scale demo only, not of {self.scale}")
 
 SECTIONS = "data", "segmentation", "detection", "instance"
 NAMES = tuple(n for n in Settings.__dataclass_fields__ if n not in SECTIONS)
@@ -144,7 +146,8 @@ def check_value(
     if name == "device": check_device(what, value)
     if name == "results" and not Path(value).is_dir():
         raise UserError(f"{what}: there is no folder {value}; make reproduce makes the results of a scale")
-    if name == "data" and not notebook.startswith("figure") and value not in NAMED["data"] and not (value and Path(value).expanduser().is_dir()):
+    if name == "data" and not notebook.startswith("figure") and value not in NAMED["data"] and not (value
+            and Path(value).expanduser().is_dir()):
         raise UserError(f"{what}: there is no folder {value or '(nothing is named)'}; it may also be {' or '.join(NAMED['data'])}")
     if name == "factor":
         from lewel.paper import ablation_factors
@@ -152,7 +155,8 @@ def check_value(
     if name == "condition":
         from lewel.paper import condition_runs
         check_choice(what, value, dict.fromkeys(folder for folder, *_ in condition_runs()))
-        check_choice(f"method of condition {value}", known["method"], dict.fromkeys(method for folder, method, _ in condition_runs() if folder == value))
+        check_choice(f"method of condition {value}", known["method"],
+                     dict.fromkeys(method for folder, method, _ in condition_runs() if folder == value))
     if name == "out" and not value.strip(): raise UserError(f"{what} is empty: name a folder")
 
 # %% ../nbs/32_experiments.ipynb #e6b38cec
@@ -234,7 +238,8 @@ def run_job(
     atomic_write(mark, reason or "done")
 
 # %% ../nbs/32_experiments.ipynb #c1e64b61
-MARKS = {".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"} # end of a job's mark -> folder of what it leaves
+# end of a job's mark -> folder of what it leaves
+MARKS = {".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"}
 
 def forget_failures(
     results, # folder of a scale
@@ -502,7 +507,8 @@ def notebook_shows(
     "The tables and pictures that a notebook's cells show."
     import nbformat
     shown = [o["data"] for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if "data" in o]
-    return [data["text/html"] if kind == "text/html" else pixels(io.BytesIO(base64.b64decode(data[kind]))) for data in shown for kind in ("text/html", "image/png") if kind in data]
+    return [data["text/html"] if kind == "text/html" else pixels(io.BytesIO(base64.b64decode(data[kind])))
+            for data in shown for kind in ("text/html", "image/png") if kind in data]
 
 # %% ../nbs/32_experiments.ipynb #d3b1c5bc
 def notebook_sources(
@@ -527,7 +533,8 @@ def difference(
     a, b = (notebook_text(p) if p.suffix == ".ipynb" else p.read_text().splitlines() for p in (old, new))
     for i, (x, y) in enumerate(zip_longest(a, b), 1):
         if x != y: return f"{old}, line {i}: {'nothing' if x is None else x!r}, but the records say {'nothing' if y is None else y!r}"
-    if old.suffix == ".ipynb" and notebook_shows(old) != notebook_shows(new): return f"{old} has a table or a picture that shows something else than the records say"
+    if old.suffix == ".ipynb" and notebook_shows(old) != notebook_shows(new):
+        return f"{old} has a table or a picture that shows something else than the records say"
 
 # %% ../nbs/32_experiments.ipynb #496ded69
 def _shown(cell):
@@ -577,7 +584,8 @@ def altered(
     from lewel.results import run_id
     results = Path(results)
     records = {path: json.loads(path.read_text()) for path in sorted(results.rglob("record.json"))}
-    wrong = [f"{path}: the id is {r['id']}, but what the record says makes {run_id(r)}" for path, r in records.items() if "fingerprint" in r["data"] and run_id(r) != r["id"]]
+    wrong = [f"{path}: the id is {r['id']}, but what the record says makes {run_id(r)}"
+             for path, r in records.items() if "fingerprint" in r["data"] and run_id(r) != r["id"]]
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)/results.name
         shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", ".lock"))

@@ -205,7 +205,8 @@ def supervised_backbone(
     record, file = read_record(run), Path(run)/"backbone.pth"
     recipe = record["recipe"]
     net = fill_backbone(create_backbone(recipe["backbone"]).eval(), read_weights(file), file)
-    return net, dict(method=record["method"], backbone=recipe["backbone"], seed=record["seed"], size=recipe["size"], builds_on=[record["id"]])
+    return net, dict(method=record["method"], backbone=recipe["backbone"], seed=record["seed"], size=recipe["size"],
+                     builds_on=[record["id"]])
 
 # %% ../nbs/10_interop.ipynb #1ba5833b
 def start_from(
@@ -288,7 +289,9 @@ def export_backbone(
     suffix, content = exporters[check_choice("format", format, export_formats)]
     run = Path(method) if isinstance(method, (str, Path)) else None
     if run and not path: path = run/f"backbone-{format}{suffix}" if run.is_dir() else run.parent/f"{run.stem}-{format}{suffix}"
-    if run and Path(path).suffix == ".md": raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as {Path(path).with_suffix(suffix).name}")
+    if run and Path(path).suffix == ".md":
+        raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as "
+                        f"{Path(path).with_suffix(suffix).name}")
     check_place(path)
     if run: method = run_backbone(run)[0]
     backbone = getattr(method, "backbone", method)
@@ -296,7 +299,8 @@ def export_backbone(
     theirs = format == "safetensors" or format == "timm" and type(backbone).__module__.startswith("timm.")
     if not theirs and not any(fits_torchvision(name, state) for name in resnets):
         known = ", ".join(resnets)
-        raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; safetensors takes any, timm also timm's own")
+        raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; "
+                        "safetensors takes any, timm also timm's own")
     if run: atomic_write(Path(path).with_suffix(".md"), (model_card if run.is_dir() else checkpoint_card)(run, Path(path).name, format))
     return atomic_write(path, content(state))
 

@@ -39,8 +39,11 @@ def decode_mask(
         with Image.open(path) as image: ids = np.array(image)
     except FileNotFoundError: raise UserError(f"{path} is missing: every image needs its mask") from None
     except UnidentifiedImageError: raise UserError(f"{path} is not an image: give the image's mask") from None
-    except Exception as e: raise UserError(f"{path} cannot be read ({(str(e) or type(e).__name__).splitlines()[0]}): repair it, or remove it together with its image") from e
-    if ids.ndim != 2 or ids.dtype.kind not in "biu": raise UserError(f"{path} is not a mask but an image of mode {image.mode}: class ids take one channel of integers")
+    except Exception as e:
+        raise UserError(f"{path} cannot be read ({(str(e) or type(e).__name__).splitlines()[0]}): repair it, or "
+                        "remove it together with its image") from e
+    if ids.ndim != 2 or ids.dtype.kind not in "biu":
+        raise UserError(f"{path} is not a mask but an image of mode {image.mode}: class ids take one channel of integers")
     return ids
 
 # %% ../nbs/21_masks.ipynb #a4a6573b
@@ -73,7 +76,8 @@ class MaskSet:
         mask = self.table[known]
         if ((mask < 0) | (known != ids)).any():
             wrong = ids[(mask < 0) | (known != ids)][0]
-            raise UserError(f"{self.masks[i]} has the value {wrong}, which is none of the {len(self.classes)} classes nor ignored: correct the mask, or list the class")
+            raise UserError(f"{self.masks[i]} has the value {wrong}, which is none of the {len(self.classes)} "
+                            "classes nor ignored: correct the mask, or list the class")
         return torch.from_numpy(mask.astype(np.uint8))
 
 # %% ../nbs/21_masks.ipynb #3e0fabc2
@@ -109,7 +113,9 @@ def checked(
         size = tuple(masks.mask(i).shape)
         try: expected = image_size(images.root/path)
         except UnreadableImage as e: images.skip(path, e); continue
-        if size != expected: raise UserError(f"{masks.masks[i]} is {size[1]} x {size[0]} pixels, its image {expected[1]} x {expected[0]}: give the mask of this image")
+        if size != expected:
+            raise UserError(f"{masks.masks[i]} is {size[1]} x {size[0]} pixels, its image {expected[1]} x "
+                            f"{expected[0]}: give the mask of this image")
     return masks
 
 # %% ../nbs/21_masks.ipynb #f7023f4f
@@ -132,7 +138,9 @@ def read_codes(
     while codes and not codes[-1].strip(): codes.pop()
     codes = [c.strip() for c in codes]
     for i, code in enumerate(codes):
-        if not code or code in codes[:i]: raise UserError(f"{file}, line {i + 1}: {'the class ' + repr(code) + ' again' if code else 'no class'}: list every class once, one a line")
+        if not code or code in codes[:i]:
+            raise UserError(f"{file}, line {i + 1}: {'the class ' + repr(code) + ' again' if code else 'no class'}: "
+                            "list every class once, one a line")
     if len(codes) > 255: raise UserError(f"{file} lists {len(codes)} classes: a mask can tell 255 apart")
     void = [c.lower() == "void" for c in codes]
     return [None if v else c for c, v in zip(codes, void)] + [None]*(not any(void) and len(codes) < 255)
@@ -148,10 +156,13 @@ def camvid_images(
     images, valid = root/"images", root/"valid.txt"
     folder = next((f for f in FOLDERS[split] if (images/f).is_dir()), None)
     if folder: name, paths = folder, [f"{folder}/{p}" for p in list_images(images/folder)]
-    elif not valid.is_file(): raise UserError(f"{root} has no {split} split: neither a folder {images/FOLDERS[split][0]} nor a list {valid} of the images for validation")
+    elif not valid.is_file():
+        raise UserError(f"{root} has no {split} split: neither a folder {images/FOLDERS[split][0]} nor a list "
+                        f"{valid} of the images for validation")
     else:
         name, paths, listed = "train" if split == "train" else "valid", list_images(images), valid.read_text().split()
-        if missing := sorted(set(listed) - set(paths)): raise UserError(f"{valid} lists {missing[0]}, which is not in {images}: correct the list, or add the image")
+        if missing := sorted(set(listed) - set(paths)):
+            raise UserError(f"{valid} lists {missing[0]}, which is not in {images}: correct the list, or add the image")
         paths = [p for p in paths if (p in set(listed)) == (split != "train")]
     if not paths: raise UserError(f"the {split} split of {root} is empty: put images into {images/folder if folder else images}")
     return name, paths
@@ -171,7 +182,8 @@ def open_camvid(
     return checked(MaskSet(images, [mask(p) for p in paths], classes, table))
 
 # %% ../nbs/21_masks.ipynb #bac18128
-VOC = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+VOC = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+       "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 
 def voc_root(
     root:Path, # the folder that holds VOCdevkit, VOCdevkit, or VOCdevkit/VOC2012
@@ -187,8 +199,10 @@ def sbd_masks(
     "The masks of SBD, both of its splits; raises `UserError` if it is incomplete."
     from torchvision.datasets import SBDataset
     found = next((root/f for f in ("sbd", "SBD", "benchmark_RELEASE/dataset") if (root/f/"cls").is_dir()), None)
-    try: return {Path(m).stem: Path(m) for split in ("train", "val") for m in SBDataset(found, split, "segmentation").masks} if found else {}
-    except FileNotFoundError as e: raise UserError(f"{e.filename} is missing: unpack SBD again, or remove {found} to train without it") from None
+    try:
+        return {Path(m).stem: Path(m) for split in ("train", "val") for m in SBDataset(found, split, "segmentation").masks} if found else {}
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} is missing: unpack SBD again, or remove {found} to train without it") from None
 
 def open_voc(
     root:Path, # of `voc_root`
@@ -204,7 +218,8 @@ def open_voc(
     masks, voc = listed(split), root/"VOCdevkit/VOC2012"
     if split == "train" and (more := sbd_masks(root)):
         split, masks = "train_aug", {n: m for n, m in more.items() if n not in listed("val")} | masks
-    if not masks: raise UserError(f"{voc/'ImageSets/Segmentation'/split}.txt is empty: it lists the images of the {split} split, one name a line")
+    if not masks:
+        raise UserError(f"{voc/'ImageSets/Segmentation'/split}.txt is empty: it lists the images of the {split} split, one name a line")
     names, (table, classes) = sorted(masks), class_table(VOC)
     images = FolderSet(voc, [f"JPEGImages/{n}.jpg" for n in names], name=f"voc2012-{split}", strict=strict)
     return checked(MaskSet(images, [masks[n] for n in names], classes, table))
@@ -223,4 +238,5 @@ def open_masks(
     if not root.is_dir(): raise UserError(f"{root} is not a folder: give scenes, or a folder in the layout of CamVid or Pascal VOC 2012")
     if (root/"images").is_dir() and (root/"labels").is_dir(): return open_camvid(root, split, strict)
     if voc := voc_root(root): return open_voc(voc, split, strict)
-    raise UserError(f"{root} is neither in CamVid's layout (images, labels, codes.txt) nor in Pascal VOC 2012's (VOCdevkit/VOC2012/SegmentationClass)")
+    raise UserError(f"{root} is neither in CamVid's layout (images, labels, codes.txt) nor in Pascal VOC 2012's "
+                    "(VOCdevkit/VOC2012/SegmentationClass)")

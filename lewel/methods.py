@@ -120,7 +120,8 @@ def target_embeddings(self:Method,
     *views, # one or two, each B x 3 x height x width
 )->list: # their `Embeddings`
     "Target embeddings of each view; in one batch where that changes nothing."
-    if self.target.training or len(views) == 1: return [shuffled(self.target, v) if self.shuffle and self.target.training else self.target(v) for v in views]
+    if self.target.training or len(views) == 1:
+        return [shuffled(self.target, v) if self.shuffle and self.target.training else self.target(v) for v in views]
     both = self.target(torch.cat(views))
     return [Embeddings(*(None if e is None else e.chunk(2)[i] for e in both)) for i in range(2)]
 
@@ -208,10 +209,13 @@ def alignment_maps(self:Method,
     return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
 # %% ../nbs/08_methods.ipynb #bcc09522
-byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman", symmetric=True, predictor_init="kaiming")
-mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params", symmetric=False, queue_size=65536, temperature=0.2)
+byol_defaults = dict(dim=256, hidden_dim=4096, base_momentum=0.98, cosine_momentum=True, target_norm="eman",
+                     symmetric=True, predictor_init="kaiming")
+mocov2_defaults = dict(dim=128, hidden_dim=None, base_momentum=0.999, cosine_momentum=False, target_norm="params",
+                       symmetric=False, queue_size=65536, temperature=0.2)
 lewel_defaults = dict(groups=4, scale=1.0, global_weight=0.5, coupled=True, aggregation="learned", normalize=True)
-method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults, lewel_b=byol_defaults | lewel_defaults)
+method_defaults = dict(mocov2=mocov2_defaults, lewel_m=mocov2_defaults | lewel_defaults, byol=byol_defaults,
+                       lewel_b=byol_defaults | lewel_defaults)
 
 # %% ../nbs/08_methods.ipynb #c66f072c
 def check_kind(
@@ -238,7 +242,8 @@ def check_options(
     check_choice("predictor_init", o.get("predictor_init", "kaiming"), ("kaiming", "torch"))
     for k, v in options.items(): check_kind(k, v, defaults[k])
     for k in "dim", "hidden_dim", "groups", "queue_size":
-        if o.get(k) is not None and not (isinstance(o[k], int) and o[k] >= 1): raise UserError(f"{k}={o[k]!r} must be a positive whole number")
+        if o.get(k) is not None and not (isinstance(o[k], int) and o[k] >= 1):
+            raise UserError(f"{k}={o[k]!r} must be a positive whole number")
     for k in "global_weight", "base_momentum":
         if not 0 <= o.get(k, 0) <= 1: raise UserError(f"{k}={o[k]!r} must lie between 0 and 1")
     if not o.get("temperature", 1) > 0: raise UserError(f"temperature={o['temperature']!r} must be positive")
@@ -262,4 +267,5 @@ def create_method(
     criterion = lambda: Regression(dim, hidden_dim, o["predictor_init"]) if byol else Contrast(dim, o["queue_size"], o["temperature"])
 
     shared = {k: o[k] for k in ("base_momentum", "cosine_momentum", "target_norm", "symmetric")}
-    return Method(Network(backbone, head), criterion(), criterion() if lewel else None, o.get("global_weight", 1.0), shuffle=not byol, **shared)
+    return Method(Network(backbone, head), criterion(), criterion() if lewel else None, o.get("global_weight", 1.0),
+                  shuffle=not byol, **shared)

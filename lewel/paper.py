@@ -53,8 +53,11 @@ def views_of(
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.view_options.items()}
     for k, v in changes.items():
         default = getattr(ViewRecipe(recipe.size), k)
-        if isinstance(default, tuple) != isinstance(v, tuple): raise UserError(f"view option {k}={v!r} must be {'a pair, e.g. ' + ','.join(map(str, default)) if isinstance(default, tuple) else 'a single value'}")
-        if isinstance(default, float) and (isinstance(v, bool) or not isinstance(v, (int, float))): raise UserError(f"view option {k}={v!r} must be a number")
+        if isinstance(default, tuple) != isinstance(v, tuple):
+            raise UserError(f"view option {k}={v!r} must be "
+                            f"{'a pair, e.g. ' + ','.join(map(str, default)) if isinstance(default, tuple) else 'a single value'}")
+        if isinstance(default, float) and (isinstance(v, bool) or not isinstance(v, (int, float))):
+            raise UserError(f"view option {k}={v!r} must be a number")
     return (byol_views if recipe.views == "byol" else mocov2_views)(recipe.size, **changes)
 
 def check_recipe(
@@ -66,9 +69,11 @@ def check_recipe(
     check_choice("optimizer", r.optimizer, ("lars", "sgd", "adamw"))
     check_choice("precision", r.precision, ("float32", "bfloat16", "float16"))
     for k in "size", "batch_size", "epochs":
-        if not (isinstance(getattr(r, k), int) and getattr(r, k) >= 1): raise UserError(f"{k}={getattr(r, k)!r} must be a positive whole number")
+        if not (isinstance(getattr(r, k), int) and getattr(r, k) >= 1):
+            raise UserError(f"{k}={getattr(r, k)!r} must be a positive whole number")
     if r.batch_size < 2: raise UserError(f"batch_size={r.batch_size}: BatchNorm needs at least 2 images in a batch")
-    if not 0 <= r.warmup_epochs < r.epochs: raise UserError(f"warmup_epochs={r.warmup_epochs} must be at least 0 and less than epochs={r.epochs}")
+    if not 0 <= r.warmup_epochs < r.epochs:
+        raise UserError(f"warmup_epochs={r.warmup_epochs} must be at least 0 and less than epochs={r.epochs}")
     if not 0 < r.lr < float("inf"): raise UserError(f"lr={r.lr!r} must be positive and finite")
     if not 0 <= r.momentum < 1: raise UserError(f"momentum={r.momentum!r} must be at least 0 and less than 1")
     if not 0 <= r.weight_decay < float("inf"): raise UserError(f"weight_decay={r.weight_decay!r} must be at least 0")
@@ -90,10 +95,12 @@ _nette = dict(backbone="resnet18", size=128, batch_size=256, epochs=200, warmup_
 _nette_momentum = dict(base_momentum=0.99, cosine_momentum=False, target_norm="params")
 _nette_queue = dict(**_nette_momentum, queue_size=4096, temperature=0.1, symmetric=True)
 _nette_byol = dict(**_nette_momentum, predictor_init="torch")
-_demo = dict(backbone="small", size=64, batch_size=64, epochs=14, warmup_epochs=1, weight_decay=1e-4, view_options=dict(area=[0.5, 1.], flip=0.))
+_demo = dict(backbone="small", size=64, batch_size=64, epochs=14, warmup_epochs=1, weight_decay=1e-4,
+             view_options=dict(area=[0.5, 1.], flip=0.))
 _demo_byol = dict(dim=64, hidden_dim=256, base_momentum=0.98, target_norm="params", predictor_init="torch")
 _demo_moco = dict(dim=64, base_momentum=0.98, queue_size=1024, temperature=0.2, symmetric=True, target_norm="params")
-_demo_byol_training, _demo_moco_training = dict(views="mocov2", optimizer="sgd", lr=0.1), dict(optimizer="adamw", lr=2e-3, weight_decay=0.01)
+_demo_byol_training, _demo_moco_training = dict(views="mocov2", optimizer="sgd", lr=0.1), dict(optimizer="adamw",
+    lr=2e-3, weight_decay=0.01)
 _smoke = dict(size=32, batch_size=16, epochs=2, warmup_epochs=0)
 
 def _four(byol, moco, byol_training={}, moco_training={}, **shared):
@@ -105,7 +112,8 @@ recipes = dict(
     paper=paper_recipes,
     imagenette=_four(_nette_byol, _nette_queue, **_nette),
     demo=_four(_demo_byol, _demo_moco, _demo_byol_training | dict(batch_size=32, epochs=24, warmup_epochs=0), _demo_moco_training, **_demo),
-    smoke=_four(_demo_byol | dict(dim=16, hidden_dim=32), _demo_moco | dict(dim=16, queue_size=64), _demo_byol_training, _demo_moco_training, **(_demo | _smoke)))
+    smoke=_four(_demo_byol | dict(dim=16, hidden_dim=32), _demo_moco | dict(dim=16, queue_size=64),
+                _demo_byol_training, _demo_moco_training, **(_demo | _smoke)))
 
 def get_recipe(
     method:str, # a method's name
@@ -121,7 +129,8 @@ def recipe_name(
     recipe:Recipe, # of any seed
 )->str: # such as "lewel_b_syncbn"
     "The name of a recipe; of one that is not among `recipes`, its method's."
-    return next((name for at_scale in recipes.values() for name, r in at_scale.items() if r.changed(seed=recipe.seed) == recipe), recipe.method)
+    return next((name for at_scale in recipes.values()
+                 for name, r in at_scale.items() if r.changed(seed=recipe.seed) == recipe), recipe.method)
 
 # %% ../nbs/12_paper.ipynb #83d01dd3
 _baseline = dict(lewel_m="mocov2", lewel_b="byol") # of a LEWEL method
@@ -136,7 +145,9 @@ def ablation_factors(
     turn = lambda name, a, b: vary(name, *((a, b) if o[name] == a else (b, a)))
     factors = {"head": {"coupled": dict(coupled=True), "separate": dict(coupled=False)}, "maps": vary("aggregation", "learned", "uniform", "random"),
                "groups": vary("groups", 4, 1, 2, 8), "number of maps": vary("dim", o["dim"], o["dim"]//4, 4*o["dim"]), "scale s": vary("scale", 1, 0.3, 0.1, 0.03),
-               "weight w": vary("global_weight", 0.5, 0, 0.25, 0.75, 1), "per-pixel norm": {"l2": dict(normalize=True), "none": dict(normalize=False)}, "target": turn("target_norm", "params", "eman")}
+               "weight w": vary("global_weight", 0.5, 0, 0.25, 0.75, 1),
+               "per-pixel norm": {"l2": dict(normalize=True), "none": dict(normalize=False)},
+               "target": turn("target_norm", "params", "eman")}
     return factors | ({"predictor init": turn("predictor_init", "kaiming", "torch")} if "predictor_init" in o else {})
 
 def ablation_runs(
@@ -152,7 +163,8 @@ def ablation_runs(
     if factor == "default": return {m: recipe(m) for m in (method, _baseline[method])}
     factors = ablation_factors(method, scale)
     values = list(factors[check_choice("factor", factor, ["default", *factors])].items())[1:]
-    return {f"{method}-{factor}-{label}".replace(" ", "-"): recipe(method).changed(options=recipe(method).options | change) for label, change in values}
+    return {f"{method}-{factor}-{label}".replace(" ",
+        "-"): recipe(method).changed(options=recipe(method).options | change) for label, change in values}
 
 # %% ../nbs/12_paper.ipynb #ba4ba18c
 _maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform")}
@@ -249,7 +261,9 @@ def paper_value(
 
 # %% ../nbs/12_paper.ipynb #09eb5775
 published_gains = pd.DataFrame(dict(
-    baseline=["mocov2", "byol"], linear=[1.6, 1.3], semi_supervised=[1.3, 1.3], voc_segmentation=[0.5, 0.7], voc_detection=[0.4, 0.6])).set_index("baseline")
+    baseline=["mocov2", "byol"], linear=[1.6, 1.3], semi_supervised=[1.3, 1.3], voc_segmentation=[0.5, 0.7],
+    voc_detection=[0.4, 0.6])).set_index("baseline")
 
 # %% ../nbs/12_paper.ipynb #378bfd61
-imagenette_anchor = pd.DataFrame(dict(epochs_200=dict(byol=70.5, mocov2=78.6, simclr=83.5, swav=86.1, dino=87.3), epochs_800=dict(byol=88.7, mocov2=87.4, simclr=88.9, swav=90.2, dino=88.8)))
+imagenette_anchor = pd.DataFrame(dict(epochs_200=dict(byol=70.5, mocov2=78.6, simclr=83.5, swav=86.1, dino=87.3),
+                                      epochs_800=dict(byol=88.7, mocov2=87.4, simclr=88.9, swav=90.2, dino=88.8)))

@@ -139,7 +139,8 @@ class Precision(Callback):
 
     def before_step(self):
         if not self.scaler.is_enabled(): return
-        self.learn.skipped_step = True                           # unless the optimizer is called; to ask for the scale would wait for the device
+        # unless the optimizer is called; to ask for the scale would wait for the device
+        self.learn.skipped_step = True
         called = self.opt.opt.register_step_post_hook(lambda *args: setattr(self.learn, "skipped_step", False))
         self.scaler.step(self.opt.opt)
         called.remove()
@@ -177,7 +178,8 @@ def flush(self:Curve):
                             "earlier checkpoints are kept: try a lower learning rate, a longer warm-up or precision float32")
     means, step = losses.mean(0).tolist(), self.learn.step - 1
     self.rows.append(dict(step=step + 1, epoch=(step + 1)/len(self.loader), loss=means[0], global_loss=means[1], aligned_loss=means[2],
-                          lr=self.opt.opt.param_groups[0]["lr"], momentum=self.model.momentum(step, self.total_steps), **self.diagnostics()))
+                          lr=self.opt.opt.param_groups[0]["lr"], momentum=self.model.momentum(step, self.total_steps),
+                          **self.diagnostics()))
     self.warn_of_symptoms()
     self.show()
 
@@ -244,7 +246,9 @@ class Monitor(Callback):
         self.curve.rows[-1]["knn_top1"] = top1
         self.improved = top1 > self.best
         self.best = max(self.best, top1)
-        if self.curve.lines: print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN monitor {top1:.1f}%", flush=True)
+        if self.curve.lines:
+            print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN "
+                  f"monitor {top1:.1f}%", flush=True)
 
 # %% ../nbs/17_pretrain.ipynb #d0317d33
 class Checkpoints(Callback):
@@ -260,7 +264,8 @@ class Checkpoints(Callback):
         curve.flush()
         kept = [*self.model.state_dict().values(), *(v for s in self.opt.opt.state.values() for v in s.values() if torch.is_tensor(v))]
         if not torch.stack([t.isfinite().all().to(self.dls.device) for t in kept]).all():
-            raise NonFiniteLoss(f"a parameter or statistic is not finite after step {self.learn.step - 1}; earlier checkpoints are kept: try a lower learning rate or precision float32")
+            raise NonFiniteLoss(f"a parameter or statistic is not finite after step {self.learn.step - 1}; earlier "
+                                "checkpoints are kept: try a lower learning rate or precision float32")
         skipped = self.loader.images.skipped
         skipped += sorted(set(sum(from_all_ranks(skipped), [])).difference(skipped))
         self.saved = time.time()
@@ -278,7 +283,10 @@ class Checkpoints(Callback):
         if signum or due: self.save("last.pt", epoch=self.epoch)
         if signum: raise Stopped(signum, self.out/"last.pt")
 
-    def after_epoch(self): self.save(*(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []), "last.pt", epoch=self.epoch + 1)     # last.pt knows the best accuracy: a crash between the two must not leave it alone
+    def after_epoch(self):
+        # last.pt knows the best accuracy: a crash between the two must not leave it alone
+        self.save(*(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []),
+                  "last.pt", epoch=self.epoch + 1)
 
 # %% ../nbs/17_pretrain.ipynb #d0cad703
 @patch
@@ -289,9 +297,11 @@ def load(self:Checkpoints,
     "Go on from `last.pt`."
     state = load_checkpoint(self.out/"last.pt")
     check_same_run(self.out/"last.pt", state, learn.recipe, self.builds_on, learn.accumulate)
-    if state["data"] != self.fingerprint: raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
+    if state["data"] != self.fingerprint:
+        raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
     restore(state, learn.model, learn.opt.opt, self.precision.scaler)
-    if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available(): torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
+    if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
     learn.first_epoch, learn.step = state["epoch"], state["epoch"]*len(learn.loader) + state["step"]
     skipped = learn.loader.images.skipped
     skipped += [path for path in state["skipped"] if path not in skipped]
@@ -303,7 +313,8 @@ def load(self:Checkpoints,
 class Snapshots(Callback):
     "Keeps the online network's weights in `snapshots/`, evenly spread over the epochs, as EPOCH.pt."
     order = 61
-    def __init__(self, out, epochs, n): self.folder, self.at = Path(out)/"snapshots", {round(e) for e in torch.linspace(0, epochs, n).tolist()}
+    def __init__(self, out, epochs, n):
+        self.folder, self.at = Path(out)/"snapshots", {round(e) for e in torch.linspace(0, epochs, n).tolist()}
 
     def keep(self, epoch):
         if epoch in self.at: atomic_write(self.folder/f"{epoch:03}.pt", lambda f: torch.save(self.model.online.state_dict(), f))
@@ -328,7 +339,9 @@ def check_positions(
     "Raises `UserError` if the feature map has a single position, so that a LEWEL method has nothing to choose between."
     if method.aligned_criterion is None: return
     with frozen(method): maps = method.alignment_maps(torch.zeros(1, 3, size, size))
-    if maps.shape[-1]*maps.shape[-2] == 1: raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; use a larger size or another backbone")
+    if maps.shape[-1]*maps.shape[-2] == 1:
+        raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; use a "
+                        "larger size or another backbone")
 
 def open_pair(
     data, # as for `pretrain`
@@ -337,7 +350,9 @@ def open_pair(
 )->tuple: # training and validation images; the latter None if there are none
     "The training images and, for the monitor, the validation ones. Raises `UserError`."
     if isinstance(data, ImageSet): return data, None
-    if not isinstance(data, (str, Path)): raise UserError(f"data is a {type(data).__name__}: give a folder, 'scenes', 'imagenette', or a set such as lewel.data.MemorySet(images, labels)")
+    if not isinstance(data, (str, Path)):
+        raise UserError(f"data is a {type(data).__name__}: give a folder, 'scenes', 'imagenette', or a set such as "
+                        "lewel.data.MemorySet(images, labels)")
     train = open_data(data, "train", size, strict)
     known = str(data) in ("scenes", "imagenette")
     return train, open_data(data, "val", size, strict, train.classes) if known or has_split(data, "val") else None
@@ -353,7 +368,8 @@ def finished(
     if not ((out/"record.json").exists() and (out/"last.pt").exists()): return None
     record = read_record(out)
     check_same_run(out, record, recipe, builds_on, accumulate)
-    if record["data"]["fingerprint"] != fingerprint: raise UserError(f"{out} holds a finished run on other images; choose another output folder")
+    if record["data"]["fingerprint"] != fingerprint:
+        raise UserError(f"{out} holds a finished run on other images; choose another output folder")
     return record
 
 # %% ../nbs/17_pretrain.ipynb #e5a700d5
@@ -369,12 +385,15 @@ def pretrain_record(
     "What a finished run says of itself."
     rows, r = learn.curve.rows, learn.recipe
     last = [row for row in rows if row["epoch"] > r.epochs - 1]
-    metrics = dict(loss=sum(row["loss"] for row in last)/len(last), **{k: v for k, v in rows[-1].items() if k in ("feature_std", "effective_rank", "mean_cosine", "map_entropy")})
+    metrics = dict(loss=sum(row["loss"] for row in last)/len(last),
+                   **{k: v for k, v in rows[-1].items() if k in ("feature_std", "effective_rank", "mean_cosine", "map_entropy")})
     monitored = [row["knn_top1"] for row in rows if "knn_top1" in row]
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
     record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
-                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds, peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate, compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
+                  images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds,
+                  peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate,
+                  compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
     return dict(id=run_id(record), **record)
 
 # %% ../nbs/17_pretrain.ipynb #4a6d208a
@@ -396,8 +415,11 @@ def make_loader(
     accumulate:int=1, # parts of a batch
 )->ViewLoader: # of this process's share
     "Raises `UserError` unless every process gets as many images in each part, at least two."
-    loader = ViewLoader(images.to(device) if hasattr(images, "to") else images, views_of(recipe), recipe.batch_size, recipe.seed, device, workers, *world(), accumulate, recipe.epochs)
-    if loader.share < 2: raise UserError(f"batch_size={recipe.batch_size} leaves one image for each of {world()[1]} processes in each of {accumulate} parts, and BatchNorm needs two: use a larger batch_size")
+    loader = ViewLoader(images.to(device) if hasattr(images, "to") else images, views_of(recipe), recipe.batch_size,
+                        recipe.seed, device, workers, *world(), accumulate, recipe.epochs)
+    if loader.share < 2:
+        raise UserError(f"batch_size={recipe.batch_size} leaves one image for each of {world()[1]} processes in each "
+                        f"of {accumulate} parts, and BatchNorm needs two: use a larger batch_size")
     return loader
 
 # %% ../nbs/17_pretrain.ipynb #f3829524
@@ -408,7 +430,8 @@ def check_space(
     "Raises `UserError`, in all processes, if the first one has no room for the run's checkpoints."
     def refusal():
         size = lambda tensors: sum(t.numel()*t.element_size() for t in tensors)
-        need = 3*(size(method.state_dict().values()) + size(p for p in method.parameters() if p.requires_grad))       # the optimizer has a momentum for each
+        # the optimizer has a momentum for each
+        need = 3*(size(method.state_dict().values()) + size(p for p in method.parameters() if p.requires_grad))
         room = shutil.disk_usage(out).free + sum(f.stat().st_size for f in (out/"last.pt", out/"best.pt") if f.exists())
         return f"{out} has room for {room/1e6:,.0f} MB, and the checkpoints take up to {need/1e6:,.0f}: free some space, or choose another output folder" if room < need else None
     if refused := from_first_rank(refusal): raise UserError(refused)
@@ -434,7 +457,8 @@ def train(
     step = learn.checkpoints.load(learn, getattr(learn, "monitor", None)) if last.exists() else 0
     check_same("the step to go on from", step)
     if progress != "none": print(f"{learn.recipe.method} seed {learn.recipe.seed} | {describe(learn)}", flush=True)
-    if step and progress == "lines": print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
+    if step and progress == "lines":
+        print(f"{learn.recipe.method} seed {learn.recipe.seed} | resuming {last.parent} at step {step} of {learn.total_steps}", flush=True)
     if learn.first_epoch == learn.recipe.epochs: return
     try: learn.fit(learn.recipe.epochs)
     except UserError as e:                 # an image that could not be read, with `strict`; in several processes only one may know of it
@@ -450,7 +474,9 @@ def compile_networks(
 ):
     "`torch.compile` for online and target network. Raises `UserError` if it does not work here."
     try: torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as e: raise UserError(f"compile=True, but torch.compile does not work here ({str(e).strip().splitlines()[0]}): leave it out, or install the compiler that it needs") from e
+    except Exception as e:
+        raise UserError(f"compile=True, but torch.compile does not work here ({str(e).strip().splitlines()[0]}): "
+                        "leave it out, or install the compiler that it needs") from e
     for network in (method.online, method.target): network.compile()
 
 # %% ../nbs/17_pretrain.ipynb #6e4b7a3c
@@ -506,10 +532,15 @@ def pretrain(
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
         sets = monitor_sets(images, val) if monitor_every else None
-        precision, curve = Precision(recipe.precision, device), Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines")
-        asked_for = [*([Monitor(sets, monitor_every)] if sets else []), *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []), *([Bars()] if progress == "bars" else [])]
+        precision, curve = Precision(recipe.precision,
+                                     device), Curve(log_every or steps_between_rows(recipe.epochs*len(loader)),
+                                                    progress == "lines")
+        asked_for = [*([Monitor(sets, monitor_every)] if sets else []),
+                     *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []),
+                     *([Bars()] if progress == "bars" else [])]
         with held_output(out), noting_signals() as signals:
-            callbacks = [Steps(), precision, curve, Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *asked_for, *cbs]
+            callbacks = [Steps(), precision, curve, Checkpoints(out, fingerprint, builds_on, signals, precision,
+                save_every), *asked_for, *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             check_space(out, method)
             train(learn, progress)

@@ -47,7 +47,8 @@ def picture(self:TaskReport,
 ): # an image for a notebook to show; None where no run has finished
     "Plot the table, and write figures/TASK.png."
     from IPython.display import Image
-    return Image(save_figure(plot_table(self.table, metrics, caption=self.title), self.results/"figures"/f"{self.task}.png")) if self.records else None
+    return Image(save_figure(plot_table(self.table, metrics, caption=self.title),
+                             self.results/"figures"/f"{self.task}.png")) if self.records else None
 
 @patch
 def predictions(self:TaskReport): # an image for a notebook to show; None where that run has not finished

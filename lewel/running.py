@@ -47,7 +47,9 @@ def noting_signals():
     noted = list(overdue)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
     def note(signum, frame):
-        if not noted and signum != signal.SIGALRM: os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves\n".encode())     # at once, since a step may take long
+        if not noted and signum != signal.SIGALRM:
+            # at once, since a step may take long
+            os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves\n".encode())
         noted.append(signum)
     old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     try: yield noted
@@ -73,7 +75,8 @@ def pick_device(
     "The device to work on. Raises `UserError` if it is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: torch.zeros(1, device=device)
-    except Exception as e: raise UserError(f"device {device!r} is not available here ({str(e).splitlines()[0]}); use 'auto' or 'cpu'") from e
+    except Exception as e:
+        raise UserError(f"device {device!r} is not available here ({str(e).splitlines()[0]}); use 'auto' or 'cpu'") from e
     if torch.device(device).index: torch.cuda.set_device(device)      # else some memory of the first GPU would be taken too
     return torch.device(device)
 
@@ -132,7 +135,9 @@ def check_same(
 ):
     "Raises `UserError`, in all processes, unless all have the same."
     values = from_all_ranks(value)
-    if any(v != value for v in values): raise UserError(f"the processes differ in {what} ({', '.join(map(str, values))}): all nodes need the same images and one output folder that they share")
+    if any(v != value for v in values):
+        raise UserError(f"the processes differ in {what} ({', '.join(map(str, values))}): all nodes need the same "
+                        "images and one output folder that they share")
 
 # %% ../nbs/15_running.ipynb #93d0f977
 def first_of_node(
@@ -188,9 +193,11 @@ def lock_output(
     "Make the folder, and lock it. Raises `UserError` if that cannot be done, or another process has it."
     while True:
         try: out.mkdir(parents=True, exist_ok=True); lock = open(out/".lock", "a")
-        except OSError as e: raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
+        except OSError as e:
+            raise UserError(f"{out} cannot be made a folder to write in ({e.strerror}); choose another output folder") from e
         try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError): raise UserError(f"another process is writing to {out}: wait for it to end, or choose another output folder") from None
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is writing to {out}: wait for it to end, or choose another output folder") from None
         except OSError: return lock               # a file system that has no locks
         if (out/".lock").exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(out/".lock")): return lock
 

@@ -31,7 +31,8 @@ class SceneRecipe:
     stroke_opacity:tuple = (0.1, 0.3)
 
 # %% ../nbs/02_scenes.ipynb #bb4e9a73
-PARTS = {"train": (0, 4/6, 0., 0.6), "val": (4/6, 5/6, 0.6, 0.8), "test": (5/6, 1, 0.8, 1.)} # part of each class's scans; part of the photographs' width
+# part of each class's scans; part of the photographs' width
+PARTS = {"train": (0, 4/6, 0., 0.6), "val": (4/6, 5/6, 0.6, 0.8), "test": (5/6, 1, 0.8, 1.)}
 
 @cache
 def digit_scans(
@@ -90,7 +91,8 @@ def draw_background(
     grid = F.affine_grid(torch.from_numpy(theta), (n, 3, size, size), align_corners=False)
     crops = photos.new_empty(n, 3, size, size)
     for k, photo in enumerate(photos):
-        crops[which == k] = F.grid_sample(photo.expand((which == k).sum(), -1, -1, -1), grid[which == k], padding_mode="border", align_corners=False)
+        crops[which == k] = F.grid_sample(photo.expand((which == k).sum(), -1, -1, -1), grid[which == k],
+                                          padding_mode="border", align_corners=False)
     crops = crops.mean(1, keepdim=True).expand_as(crops)
     contrast = torch.from_numpy(rng.uniform(*recipe.contrast, (n, 1, 1, 1)))
     return (recipe.brightness + contrast*(crops - crops.mean((1, 2, 3), keepdim=True))).clamp(0, 1)
@@ -102,7 +104,8 @@ def draw_strokes(
 ):
     "Lay one straight stroke with round ends (a blob, if it is short) over each image."
     n, size = len(images), images.shape[-1]
-    draws = [rng.uniform(*limits, n) for limits in ((0, 1), (0, 1), (0, np.pi), recipe.stroke_length, recipe.stroke_width, recipe.stroke_opacity)]
+    draws = [rng.uniform(*limits, n) for limits in ((0, 1), (0, 1), (0, np.pi), recipe.stroke_length,
+        recipe.stroke_width, recipe.stroke_opacity)]
     x, y, angle, length, width, opacity = (torch.from_numpy(d)[:, None, None] for d in draws)
     gray = torch.from_numpy(rng.uniform(0, 1, (n, 1, 1, 1)))
     at = (torch.arange(size, dtype=torch.double) + 0.5)/size

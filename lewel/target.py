@@ -145,7 +145,8 @@ def local_statistics(
     module:nn.Module, # a method in training
 )->list: # of tensors
     "The running statistics that each process gathers from its own share only."
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and not isinstance(m, (SyncBatchNorm, nn.SyncBatchNorm))]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training
+             and not isinstance(m, (SyncBatchNorm, nn.SyncBatchNorm))]
     return [s for m in norms if m.track_running_stats for s in (m.running_mean, m.running_var)]
 
 # %% ../nbs/07_target.ipynb #b0f7e5ac

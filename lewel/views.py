@@ -75,7 +75,8 @@ class ViewRecipe:
             if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(finite, pair)) and 0 < pair[0] <= pair[1] <= most):
                 raise UserError(f"{name} {pair}: give two numbers above 0{' and at most 1' if most == 1 else ''}, low and high")
         for name, most in dict(brightness=np.inf, contrast=np.inf, saturation=np.inf, hue=0.5).items():
-            if not (finite(getattr(self, name)) and 0 <= getattr(self, name) <= most): raise UserError(f"{name} {getattr(self, name)}: give a strength of at least 0{' and at most 0.5' if most == 0.5 else ''}")
+            if not (finite(getattr(self, name)) and 0 <= getattr(self, name) <= most):
+                raise UserError(f"{name} {getattr(self, name)}: give a strength of at least 0{' and at most 0.5' if most == 0.5 else ''}")
 
     @property
     def blur_size(self): return 2*(self.size//20) + 1 # the odd number nearest to 10% of the size
@@ -385,8 +386,12 @@ class ViewLoader:
         epochs:int=1, # how many there are: between them the workers of a `FolderSet` go on
     ):
         n = len(images)
-        if not 1 <= batch_size <= n: raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size from 2 to {n}, or add images")
-        if batch_size % (world_size*parts): raise UserError(f"batch_size {batch_size} with {world_size} processes and {parts} parts: choose a multiple of {world_size*parts}")
+        if not 1 <= batch_size <= n:
+            raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size "
+                            f"from 2 to {n}, or add images")
+        if batch_size % (world_size*parts):
+            raise UserError(f"batch_size {batch_size} with {world_size} processes and {parts} parts: choose a "
+                            f"multiple of {world_size*parts}")
         self.images = images.to(device) if isinstance(images, MemorySet) else images
         self.recipes, self.batch_size, self.seed, self.device, self.workers = recipes, batch_size, seed, torch.device(device), workers
         self.rank, self.shares, self.share = rank, world_size*parts, batch_size//(world_size*parts)
@@ -469,9 +474,11 @@ def open_stream(self:ViewLoader,
 )->Iterator: # of what `StreamedSteps` gives, to the end of the last epoch
     "Start the workers."
     asked = [(self.epoch, share) for share in range(first, len(self)*self.shares, self.world_size)]
-    later = ((epoch, share) for epoch in range(self.epoch + 1, self.epochs) for share in range(self.rank, len(self)*self.shares, self.world_size))
+    later = ((epoch, share) for epoch in range(self.epoch + 1, self.epochs)
+             for share in range(self.rank, len(self)*self.shares, self.world_size))
     return iter(DataLoader(StreamedSteps(self.images, self.recipes, self.share, self.seed), batch_size=None, sampler=itertools.chain(asked, later), num_workers=self.workers,
-                           collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator(), worker_init_fn=outlive_signals))
+                           collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+                           worker_init_fn=outlive_signals))
 
 @patch
 def close(self:ViewLoader):
@@ -492,4 +499,5 @@ def from_files(self:ViewLoader,
         if share == shares[-1] and self.epoch + 1 >= self.epochs: next(self.stream, None); self.close()      # at whose end the workers go
         crops, tables, asked, served = step
         self.images.note_skipped(asked, served.numpy())
-        yield *(apply_colors(c.to(self.device, non_blocking=True).float().div_(255), t, r) for c, t, r in zip(crops, tables, self.recipes)), served
+        yield *(apply_colors(c.to(self.device, non_blocking=True).float().div_(255), t, r)
+                for c, t, r in zip(crops, tables, self.recipes)), served

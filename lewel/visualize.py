@@ -157,7 +157,8 @@ def draw_maps(
     "Given maps over two views of each image."
     n = len(names)
     gap = [1]*(1 + n) + [.15]
-    fig, axes = new_figure(len(view1), 2*n + 3, width=min(7, 1.4*(1 + n)), height=.45 + .85*len(view1), width_ratios=(gap*2)[:-1], subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
+    fig, axes = new_figure(len(view1), 2*n + 3, width=min(7, 1.4*(1 + n)), height=.45 + .85*len(view1),
+                           width_ratios=(gap*2)[:-1], subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     for ax in axes[:, 1 + n]: ax.remove()
     for v, (views, weights) in enumerate(zip((view1.cpu(), view2.cpu()), maps)):
         for b, (view, row) in enumerate(zip(views, axes[:, v*(n + 2):])):
@@ -202,7 +203,6 @@ def gather_maps(
     return dict(run=np.array(read_record(run)["id"]), epochs=np.array(epochs), names=np.array(names), **views,
                 **{f"maps{i + 1}": torch.stack([m[i][:, names] for m in at]).numpy() for i in range(2)})
 
-
 # %% ../nbs/28_visualize.ipynb #903f86b2
 @styled
 def show_training(
@@ -213,7 +213,8 @@ def show_training(
 )->mpl.figure.Figure: # two rows for each map: view 1 and view 2; a column for the view and one for each snapshot
     "How some maps of an image came about."
     epochs, views = arrays["epochs"], [normalize(torch.from_numpy(arrays[f"view{i}"][image:image + 1]).float()/255)[0] for i in (1, 2)]
-    fig, axes = new_figure(2*n_maps, 1 + len(epochs), width=1.05*(1 + len(epochs)) + .5, height=.6 + 1.02*2*n_maps, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
+    fig, axes = new_figure(2*n_maps, 1 + len(epochs), width=1.05*(1 + len(epochs)) + .5, height=.6 + 1.02*2*n_maps,
+                           subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     for r, row in enumerate(axes):
         k, v = divmod(r, 2)
         row[0].imshow(denormalize(views[v]).permute(1, 2, 0))
@@ -283,7 +284,8 @@ def plot_curves(
     if "map_entropy" in runs: runs["map_entropy"] = 100*(1 - runs["map_entropy"])
     columns = [c for c in columns if c in runs and runs[c].notna().any()]
     if not columns: raise UserError(f"none of the {len(curves)} curves has anything to show: choose columns that their curve.csv has")
-    colors, families = method_colors(runs["method"]), [f for _, f in runs.groupby(runs["method"].map(lambda m: PAIRS.get(m, m)), sort=False)]
+    colors, families = method_colors(runs["method"]), [f
+        for _, f in runs.groupby(runs["method"].map(lambda m: PAIRS.get(m, m)), sort=False)]
     fig, axes = new_figure(len(families), len(columns), width=max(3, 2.2*len(columns)), height=.6 + 1.7*len(families), sharex="row")
     for family, row in zip(families, axes):
         for ax, column in zip(row, columns):
@@ -293,7 +295,8 @@ def plot_curves(
             for label, run in some.groupby("run", sort=False):
                 method = method_of(label)
                 ax.plot(run["epoch"], run[column], zorder=2 + (method in PAIRS), **dots, **_line_of(method, seed_of(label), colors))
-            ax.set(title=QUANTITIES.get(column, column), xlabel="epoch", ylabel=", ".join(family["method"].unique()) if column == columns[0] else "")
+            ax.set(title=QUANTITIES.get(column, column), xlabel="epoch",
+                   ylabel=", ".join(family["method"].unique()) if column == columns[0] else "")
             ax.set_xlim(left=0, right=family["epoch"].max()); ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if column == "map_entropy": ax.set_ylim(bottom=0)
     seeds = sorted({s for label in curves if (s := seed_of(label)) is not None})
@@ -315,17 +318,22 @@ def plot_table(
     if not metrics: raise UserError("the table has no results to plot: evaluate some runs first")
     colors, scales = method_colors(df["method"]), list(dict.fromkeys(df["scale"]))
     sizes = [(df["scale"] == s).sum() for s in scales]
-    fig, axes = new_figure(len(scales), len(metrics), width=1 + 2.5*len(metrics), height=.3 + sum(.6 + .22*n for n in sizes), sharey="row", height_ratios=[2 + n for n in sizes])
+    fig, axes = new_figure(len(scales), len(metrics), width=1 + 2.5*len(metrics),
+                           height=.3 + sum(.6 + .22*n for n in sizes), sharey="row", height_ratios=[2 + n for n in sizes])
     for row, scale in zip(axes, scales):
         rows = df[df["scale"] == scale].reset_index(drop=True)
         for ax, metric in zip(row, metrics):
-            for i, r in rows.iterrows(): ax.errorbar(r[f"{metric} mean"], i, xerr=np.nan_to_num(r[f"{metric} std"]), fmt="o", ms=4, capsize=2.5, color=colors[r["method"]])
+            for i, r in rows.iterrows():
+                ax.errorbar(r[f"{metric} mean"], i, xerr=np.nan_to_num(r[f"{metric} std"]), fmt="o", ms=4,
+                            capsize=2.5, color=colors[r["method"]])
             ax.set(title=f"{scale} scale" if len(scales) > 1 else "", xlabel=f"{metric}, %", ylim=(len(rows) - .5, -.5))
         row[0].set_yticks(range(len(rows)), [f"{r.method} (n = {r.n})" for r in rows.itertuples()])
     return finish(fig, caption, "Point and bar: mean and one sample standard deviation over n seeds.")
 
 # %% ../nbs/28_visualize.ipynb #dba488d6
-CLAIMS = {"linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised", "mIoU": "voc_segmentation", "AP": "voc_detection"} # metric -> column of `published_gains`
+# metric -> column of `published_gains`
+CLAIMS = {"linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised",
+          "mIoU": "voc_segmentation", "AP": "voc_detection"}
 
 def _seeds_of(rows):
     "How many seeds the gains of a metric have, of all pairs."
@@ -341,22 +349,27 @@ def plot_gains(
     gains = gains[gains.metric.isin(CLAIMS)]
     pairs, metrics = [m for m in PAIRS if m in set(gains.method)], [m for m in CLAIMS if m in set(gains.metric)]
     if not pairs: raise UserError("there is no gain to plot: evaluate a LEWEL method and its baseline with the same seed")
-    seen = [float(x) for g in gains.gains for x in g.split()] + [published_gains.loc[r.baseline, CLAIMS[r.metric]] for r in gains.itertuples()]
+    seen = [float(x) for g in gains.gains for x in g.split()] + [published_gains.loc[r.baseline, CLAIMS[r.metric]]
+        for r in gains.itertuples()]
     widest = np.nan_to_num(gains[["low", "high"]].abs().max(axis=None))      # no interval: one seed
-    reach = min(max(1.05*widest, 1.5*max(map(abs, seen))), 3*max(map(abs, seen)))     # the interval of two seeds may be far wider: it is cut off, and the cut marked
+    # the interval of two seeds may be far wider: it is cut off, and the cut marked
+    reach = min(max(1.05*widest, 1.5*max(map(abs, seen))), 3*max(map(abs, seen)))
     fig, [axes] = new_figure(1, len(pairs), width=3.6*len(pairs), height=.9 + .4*len(metrics), sharex=True, sharey=True)
     for ax, method in zip(axes, pairs):
         ax.axvline(0, color=".4", lw=.8)
         for r in gains[gains.method == method].itertuples():
             y, points = metrics.index(r.metric), [float(g) for g in r.gains.split()]
             ax.plot(points, [y - .24]*len(points), "o", ms=3, color=method_colors([method])[method], alpha=.8, mew=0)
-            ax.errorbar(r.mean, y, xerr=None if np.isnan(r.low) else [[r.mean - r.low], [r.high - r.mean]], fmt="o", ms=5, capsize=3, color=method_colors([method])[method])
+            ax.errorbar(r.mean, y, xerr=None if np.isnan(r.low) else [[r.mean - r.low], [r.high - r.mean]], fmt="o",
+                        ms=5, capsize=3, color=method_colors([method])[method])
             for end, mark in (r.low, "<"), (r.high, ">"):
                 if abs(end) > reach: ax.plot(np.sign(end)*reach, y, mark, ms=4, color=method_colors([method])[method], clip_on=False)
             ax.plot(published_gains.loc[r.baseline, CLAIMS[r.metric]], y + .28, "D", ms=4, mfc="none", mec=".3", mew=.8)
         ax.set(title=f"{method} over {PAIRS[method]}", xlabel="gain, points", xlim=(-reach, reach), ylim=(len(metrics) - .4, -.6))
     axes[0].set_yticks(range(len(metrics)), [f"{m}\n{_seeds_of(gains[gains.metric == m])}" for m in metrics])
-    marks = [Line2D([], [], marker="o", ls="-", color=".3", ms=5, label="ours: mean, 95% interval"), Line2D([], [], marker="o", ls="", color=".3", alpha=.8, ms=3, label="ours: one seed"), Line2D([], [], marker="D", ls="", mfc="none", mec=".3", ms=4, label="the abstract's claim, at its scale")]
+    marks = [Line2D([], [], marker="o", ls="-", color=".3", ms=5, label="ours: mean, 95% interval"),
+             Line2D([], [], marker="o", ls="", color=".3", alpha=.8, ms=3, label="ours: one seed"),
+             Line2D([], [], marker="D", ls="", mfc="none", mec=".3", ms=4, label="the abstract's claim, at its scale")]
     fig.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return finish(fig, caption)
 
@@ -391,7 +404,9 @@ def plot_ablations(
         ax.set_xticks(range(len(values)), values)
     for ax in axes.flat[len(factors):]: ax.remove()
     for row in axes: row[0].set_ylabel(f"{metric}, %")
-    marks = [dict(marker="o", ls="", ms=4, color=method_colors([m])[m], label=m) for m in PAIRS] + [dict(ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m]) for m in PAIRS] + [dict(marker="o", ls="", ms=7, mfc="none", mec=".2", mew=.8, label="default")]
+    marks = [dict(marker="o", ls="", ms=4, color=method_colors([m])[m], label=m)
+             for m in PAIRS] + [dict(ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m])
+                                for m in PAIRS] + [dict(marker="o", ls="", ms=7, mfc="none", mec=".2", mew=.8, label="default")]
     fig.legend(handles=[Line2D([], [], **m) for m in marks], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, f"{caption} Point and bar, line and band: mean and one sample standard deviation over seeds.".strip())
 
@@ -402,7 +417,8 @@ faint = lambda color: mpl.colors.to_rgba(color, .15)
 def draw_box(ax, x, y, text, color, width=10, height=8, taper=0, line="-", size=7):
     "A box, or with `taper` a trapezoid that narrows to the right, with its middle at (x, y)."
     w, h = width/2, height/2
-    ax.add_patch(Polygon([(x - w, y - h), (x - w, y + h), (x + w, y + h - taper), (x + w, y - h + taper)], fc=faint(color), ec=color, lw=1, ls=line, joinstyle="round"))
+    ax.add_patch(Polygon([(x - w, y - h), (x - w, y + h), (x + w, y + h - taper), (x + w, y - h + taper)],
+                         fc=faint(color), ec=color, lw=1, ls=line, joinstyle="round"))
     ax.text(x, y, text, ha="center", va="center", fontsize=size, linespacing=1.1)
 
 def draw_line(ax, color, *points):
@@ -442,14 +458,18 @@ def draw_network(ax, y, up, prime):
     top, mid, low = y + 10*up, y - 8*up, y - 22*up
     draw_box(ax, 38, y, f"backbone\n$f{prime}$", BASE, 13, 13, 2); draw_line(ax, BASE, (44.5, y), (48.6, y)); draw_sheets(ax, 53, y, BASE)
     draw_box(ax, 78, y + up, f"head $g{prime}$\n\nthe same\nweights", BASE, 11, 27, 2.5, size=6.6)
-    draw_text(ax, 53, y + 7.6*up, "feature map\n$C \\times h \\times w$", BASE); draw_text(ax, 67, top + 2.6*up, "mean", BASE); draw_text(ax, 66.9, mid + 2.6*up, "each pixel", ADDED, 5.9)
-    for color, start, end in (BASE, y + 1.5*up, top), (ADDED, y - 1.5*up, mid): draw_line(ax, color, (57.4, start), (61, start), (61, end), (72.5, end))
+    draw_text(ax, 53, y + 7.6*up, "feature map\n$C \\times h \\times w$", BASE)
+    draw_text(ax, 67, top + 2.6*up, "mean", BASE); draw_text(ax, 66.9, mid + 2.6*up, "each pixel", ADDED, 5.9)
+    for color, start, end in (BASE, y + 1.5*up, top), (ADDED, y - 1.5*up, mid):
+        draw_line(ax, color, (57.4, start), (61, start), (61, end), (72.5, end))
     draw_line(ax, BASE, (83.5, top), (127.6, top)); draw_bars(ax, 129, top, BASE)
-    draw_line(ax, ADDED, (83.5, mid), (89.6, mid)); draw_sheets(ax, 94, mid, ADDED); draw_line(ax, ADDED, (98.4, mid), (114.6, mid)); draw_sheets(ax, 119, mid)
+    draw_line(ax, ADDED, (83.5, mid), (89.6, mid)); draw_sheets(ax, 94, mid, ADDED)
+    draw_line(ax, ADDED, (98.4, mid), (114.6, mid)); draw_sheets(ax, 119, mid)
     draw_line(ax, ADDED, (53, y - 4.6*up), (53, low), (116.6, low)); draw_line(ax, ADDED, (119, mid - 4.6*up), (119, low + 2.4*up))
     ax.add_patch(Circle((119, low), 2.4, fc="white", ec=ADDED, lw=1)); draw_text(ax, 119, low, r"$\times$", ADDED, 9)
     draw_line(ax, ADDED, (121.4, low), (125.6, low)); draw_bars(ax, 129, low, ADDED, 3); draw_line(ax, ADDED, (132.4, low), (136.5, low))
-    draw_box(ax, 141, low, f"head\n$p{prime}$", ADDED, 9, 11, 1.5); draw_line(ax, ADDED, (145.5, low), (149.6, low)); draw_bars(ax, 153, low, ADDED, 3)
+    draw_box(ax, 141, low, f"head\n$p{prime}$", ADDED, 9, 11, 1.5); draw_line(ax, ADDED, (145.5, low), (149.6, low))
+    draw_bars(ax, 153, low, ADDED, 3)
     draw_text(ax, 129, top + 5.4*up, f"$z{prime}$", BASE, 9); draw_text(ax, 153, low + 5.4*up, f"$z_k{prime}$", ADDED, 9)
     return top, mid, low
 
@@ -470,17 +490,26 @@ def draw_architecture(
     online, target = draw_network(ax, 76, 1, ""), draw_network(ax, 14, -1, "'")
     draw_view(ax, 6, 45, 11); draw_view(ax, 23, 76, 11, (.5, 1, 7.5)); draw_view(ax, 23, 14, 11, (2.6, 2.4, 7.4), light=.72)
     for y, up, name in (76, 1, "view 1"), (14, -1, "view 2"):
-        draw_line(ax, PLAIN, (6, 45 + 5.5*up), (6, y), (17.5, y)); draw_line(ax, PLAIN, (28.5, y), (31.5, y)); draw_text(ax, 23, y - 7.4*up, name)
+        draw_line(ax, PLAIN, (6, 45 + 5.5*up), (6, y), (17.5, y)); draw_line(ax, PLAIN, (28.5, y), (31.5, y))
+        draw_text(ax, 23, y - 7.4*up, name)
     draw_text(ax, 12.2, 45, "image", ha="left")
-    draw_text(ax, 94, online[1] - 7.2, "$v$: $d$ values\na pixel", ADDED); draw_text(ax, 106.6, online[1] + 4.2, "$\\ell_2$ norm, then\nsoftmax over\nspace of $v/s$", ADDED); draw_text(ax, 119, online[1] + 7.6, "$d$ alignment\nmaps $W$", ADDED)
-    draw_text(ax, 129, online[2] + 6.6, "aligned\nfeatures $y_k$", ADDED); draw_text(ax, 114.5, online[2] - 2.6, "$h$ groups of channels,\neach averaged with its own maps", ADDED, ha="right", va="top")
-    draw_text(ax, 94, target[1] + 6.6, "$v'$", ADDED); draw_text(ax, 126.5, target[1], "$W'$", ADDED); draw_text(ax, 129, target[2] - 5.2, "$y_k'$", ADDED)
+    draw_text(ax, 94, online[1] - 7.2, "$v$: $d$ values\na pixel", ADDED)
+    draw_text(ax, 106.6, online[1] + 4.2, "$\\ell_2$ norm, then\nsoftmax over\nspace of $v/s$", ADDED)
+    draw_text(ax, 119, online[1] + 7.6, "$d$ alignment\nmaps $W$", ADDED)
+    draw_text(ax, 129, online[2] + 6.6, "aligned\nfeatures $y_k$", ADDED)
+    draw_text(ax, 114.5, online[2] - 2.6, "$h$ groups of channels,\neach averaged with its own maps", ADDED, ha="right", va="top")
+    draw_text(ax, 94, target[1] + 6.6, "$v'$", ADDED); draw_text(ax, 126.5, target[1], "$W'$", ADDED)
+    draw_text(ax, 129, target[2] - 5.2, "$y_k'$", ADDED)
     draw_box(ax, 183, 45, "$L_{aligned}$", ADDED, 13, size=8); draw_box(ax, 198, 45, "$L_{global}$", BASE, 12, size=8)
     draw_ends(ax, online, 45, 1, "predictor\n(BYOL)", stopped=False); draw_ends(ax, target, 45, -1, "+ queue\n(MoCo v2)", stopped=True)
-    draw_text(ax, 185, online[0] - 8, "$L = w\\,L_{global}$\n$+\\,(1 - w)\\,L_{aligned}$", size=7.5); draw_text(ax, 185, target[0] + 8, "and the same with\nthe views exchanged\n(MoCo v2: optional)")
+    draw_text(ax, 185, online[0] - 8, "$L = w\\,L_{global}$\n$+\\,(1 - w)\\,L_{aligned}$", size=7.5)
+    draw_text(ax, 185, target[0] + 8, "and the same with\nthe views exchanged\n(MoCo v2: optional)")
     draw_line(ax, PLAIN, (38, 69.5), (38, 20.5)); draw_text(ax, 39.5, 45, "moving average\nof all weights (EMA)", PLAIN, ha="left")
     for y, name in (96, "online network"), (-6, "target network"): draw_text(ax, 1, y, name, size=8, weight="bold", ha="left")
     ax.set(xlim=(0, 205), ylim=(-9, 99)); ax.set_aspect("auto"); ax.axis("off")
-    marks = [Rectangle((0, 0), 1, 1, fc=faint(c), ec=c, ls=line, label=t) for c, line, t in ((BASE, "-", "baseline: BYOL or MoCo v2"), (ADDED, "-", "added by LEWEL"), (PLAIN, "--", "one of the two only"))]
-    fig.legend(handles=[*marks, Line2D([], [], ls="", marker="$//$", ms=7, color=PLAIN, label="no gradient")], loc="outside lower center", ncols=4, frameon=False)
+    marks = [Rectangle((0, 0), 1, 1, fc=faint(c), ec=c, ls=line, label=t)
+             for c, line, t in ((BASE, "-", "baseline: BYOL or MoCo v2"), (ADDED, "-", "added by LEWEL"),
+                                (PLAIN, "--", "one of the two only"))]
+    fig.legend(handles=[*marks, Line2D([], [], ls="", marker="$//$", ms=7, color=PLAIN, label="no gradient")],
+               loc="outside lower center", ncols=4, frameon=False)
     return finish(fig, caption)

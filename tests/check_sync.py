@@ -7,7 +7,8 @@ watched = lambda: [*root.glob("lewel/**/*.py"), *root.glob("nbs/*.ipynb"), root/
 
 if __name__ == "__main__":
     before = {p: p.read_bytes() for p in watched()}
-    for command in "nbdev-clean", "nbdev-export", "make --silent readme": subprocess.run(command.split(), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for command in "nbdev-clean", "nbdev-export", "make --silent readme":
+        subprocess.run(command.split(), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     changed = sorted(str(p.relative_to(root)) for p in {*before, *watched()} if not p.exists() or p.read_bytes() != before.get(p))
     for p, content in before.items():
         if str(p.relative_to(root)) in changed: p.write_bytes(content)

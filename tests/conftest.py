@@ -20,7 +20,8 @@ def draw(folder, n, sizes=((40, 40),), suffix=".png", tint=0):
 
 def options(data, out, *more):
     "Arguments of a small, quick lewel-pretrain."
-    return [str(a) for a in ("--scale", "smoke", "--data", data, "--out", out, "--device", "cpu", "--workers", 0, "--optimizer", "sgd", "--lr", 0.05, *more)]
+    return [str(a) for a in ("--scale", "smoke", "--data", data, "--out", out, "--device", "cpu", "--workers", 0,
+                             "--optimizer", "sgd", "--lr", 0.05, *more)]
 
 @pytest.fixture
 def run(capfd):

@@ -95,7 +95,8 @@ def no_train(root): draw(root/"val/a", 4)
 def hopeless(root): root.mkdir(); (root/"a.jpg").write_text("text"); (root/"b.jpg").write_text("text")
 
 @pytest.mark.parametrize("make, words", [(lambda root: None, "does not exist"), (empty, "no images"), (one_class, "one class folder 'only'"), (one_image, "single image"),
-                                         (a_file, "not a folder"), (no_train, "no train split")], ids=["missing", "empty", "one class", "one image", "a file", "no train"])
+                                         (a_file, "not a folder"), (no_train, "no train split")],
+                                        ids=["missing", "empty", "one class", "one image", "a file", "no train"])
 def test_pretrain_refuses_folder(make, words, tmp_path, train):
     "A folder that cannot be what was meant is refused by its name."
     make(tmp_path/"data")
@@ -120,7 +121,8 @@ def test_evaluate_refuses(finished, labelled, flat, tmp_path, run):
     refused(run("evaluate", "random", "--data", labelled), "evaluate", "random", "out")
     refused(run("evaluate", finished, "--data", labelled, "--protocol", "knm", *out), "evaluate", "knm", "knn")
     refused(run("evaluate", finished, "--data", labelled, "--preset", "demos", *out), "evaluate", "demos", "demo")
-    for protocol in "segmentation", "detection", "instance": refused(run("evaluate", finished, "--data", labelled, "--protocol", protocol, *out), "evaluate", labelled, "layout")
+    for protocol in "segmentation", "detection", "instance":
+        refused(run("evaluate", finished, "--data", labelled, "--protocol", protocol, *out), "evaluate", labelled, "layout")
     assert not (tmp_path/"out").exists()
 
 def test_export_refuses(finished, tmp_path, run):
@@ -136,7 +138,8 @@ def test_export_refuses_an_impossible_place(finished, tmp_path, run, monkeypatch
     (tmp_path/"file").write_text("text")
     monkeypatch.setattr(torch, "load", lambda *a, **kw: pytest.fail("the run was read"))
     for place in tmp_path, tmp_path/"file"/"x.safetensors", tmp_path/"file"/"deeper"/"x.safetensors", tmp_path/("x"*300):
-        refused(run("export", finished, "--format", "safetensors", "--out", place), "export", f"no file can be written at {place} (", "name a file in a folder")
+        refused(run("export", finished, "--format", "safetensors", "--out", place), "export",
+                f"no file can be written at {place} (", "name a file in a folder")
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path/"file").read_text() == "text"
 
 @pytest.fixture
@@ -170,7 +173,8 @@ def test_notebook_runs_with_known_parameter(notebook, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pretrains_on_nested_images_of_different_sizes(workers, tmp_path, train):
     "No labels, no monitor, hidden files left out; all the steps are made."
-    draw(tmp_path/"data", 8, [(40, 50), (60, 33)], tint=1); draw(tmp_path/"data/x/y", 16, [(33, 70), (48, 48)], ".jpg", tint=2); draw(tmp_path/"data/.hidden", 4)
+    draw(tmp_path/"data", 8, [(40, 50), (60, 33)], tint=1)
+    draw(tmp_path/"data/x/y", 16, [(33, 70), (48, 48)], ".jpg", tint=2); draw(tmp_path/"data/.hidden", 4)
     done = train(tmp_path/"data", tmp_path/"out", "--batch-size", 8, "--workers", workers)
     record = read_record(tmp_path/"out")
     assert done.code == 0, done.err
@@ -247,7 +251,8 @@ def test_record_without_weights_is_trained_again(labelled, finished, tmp_path, t
 
 def test_checkpoint_of_an_unfinished_run(labelled, finished, tmp_path, run):
     "What a stopped run has learned can be evaluated and exported; the folder of one is refused, and says how."
-    out, asked = shutil.copytree(finished, tmp_path/"out"), ("--data", labelled, "--protocol", "knn", "--preset", "smoke", "--device", "cpu")
+    out, asked = shutil.copytree(finished, tmp_path/"out"), ("--data", labelled, "--protocol", "knn", "--preset",
+        "smoke", "--device", "cpu")
     whole = run("evaluate", out, *asked, "--out", tmp_path/"whole")
     (out/"record.json").unlink()
     refused(run("evaluate", out, *asked), "evaluate", f"take its weights as they are from {out/'last.pt'}")
@@ -255,7 +260,8 @@ def test_checkpoint_of_an_unfinished_run(labelled, finished, tmp_path, run):
     part = run("evaluate", out/"last.pt", *asked, "--out", tmp_path/"part")
     assert whole.code == part.code == 0, part.err
     a, b = (read_record(tmp_path/name) for name in ("whole", "part"))
-    assert a["metrics"] == b["metrics"] and (b["recipe"]["file"], b["recipe"]["epochs"], b["method"], b["builds_on"]) == ("last.pt", 2.0, a["method"], [])
+    assert a["metrics"] == b["metrics"] and (b["recipe"]["file"], b["recipe"]["epochs"], b["method"],
+                                             b["builds_on"]) == ("last.pt", 2.0, a["method"], [])
     done = run("export", out/"best.pt", "--format", "safetensors")
     assert done.code == 0 and done.out.strip() == str(out/"best-safetensors.safetensors") and (out/"best-safetensors.md").exists()
 

@@ -22,7 +22,8 @@ TRAINED = METHODS[1:5]
 images = lambda: scenes("train", n=96, size=32)
 weights = lambda out: torch.cat([v.flatten().double().cpu() for v in load_checkpoint(out/"last.pt")["method"].values()])
 
-def train(recipe, out, device=DEVICE, **more): return pretrain(recipe, images(), out, str(device), monitor_every=0, log_every=1, progress="none", **more)
+def train(recipe, out, device=DEVICE, **more):
+    return pretrain(recipe, images(), out, str(device), monitor_every=0, log_every=1, progress="none", **more)
 
 @pytest.fixture(autouse=True)
 def exact():
@@ -133,7 +134,8 @@ def test_commands(tmp_path, run):
     assert done.code == 0, done.err
     record = read_record(tmp_path/"run")
     assert record["hardware"]["device"] == torch.cuda.get_device_name() and 1 < record["peak_memory_mb"] < 4000 and "monitor_knn_top1" in record["metrics"]
-    done = run("evaluate", tmp_path/"run", "--data", labelled, "--protocol", "knn,linear,semi", "--preset", "smoke", "--device", DEVICE, "--out", tmp_path/"evaluated")
+    done = run("evaluate", tmp_path/"run", "--data", labelled, "--protocol", "knn,linear,semi", "--preset", "smoke",
+               "--device", DEVICE, "--out", tmp_path/"evaluated")
     assert done.code == 0, done.err
     assert run("export", tmp_path/"run", "--format", "safetensors", "--out", tmp_path/"backbone.safetensors").code == 0
     done = run("pretrain", "--dry-run", "--scale", "smoke", "--device", DEVICE)
@@ -142,7 +144,8 @@ def test_commands(tmp_path, run):
 @pytest.mark.parametrize("protocol", LAYOUTS)
 def test_dense_protocol(protocol, tmp_path, run):
     make, metric = LAYOUTS[protocol]
-    done = run("evaluate", "random", "--data", make(tmp_path/"data"), "--protocol", protocol, "--out", tmp_path/"out", "--backbone", "small", "--size", 64, "--preset", "smoke", "--device", DEVICE)
+    done = run("evaluate", "random", "--data", make(tmp_path/"data"), "--protocol", protocol, "--out", tmp_path/"out",
+               "--backbone", "small", "--size", 64, "--preset", "smoke", "--device", DEVICE)
     assert done.code == 0, done.err
     assert 0 <= read_record(tmp_path/"out")["metrics"][metric] <= 100
 

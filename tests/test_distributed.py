@@ -36,7 +36,9 @@ class Exactly(Callback):
 def run(recipe, out, *cbs, **more):
     "Train on 24 images for three steps an epoch; returns which images each step had."
     exactly = Exactly()
-    try: pretrain(recipe, scenes("train", n=24, size=32), out, "cpu", monitor_every=0, log_every=1, progress="none", cbs=[exactly, *cbs], **more)
+    try:
+        pretrain(recipe, scenes("train", n=24, size=32), out, "cpu", monitor_every=0, log_every=1, progress="none",
+                 cbs=[exactly, *cbs], **more)
     except Stopped as e: assert cbs and e.exit_code == 128 + signal.SIGTERM
     shares = from_all_ranks(exactly.served)
     return {step: sum((dict(share)[step] for share in shares), []) for step, _ in shares[0]}
@@ -50,9 +52,12 @@ class OverflowInOne(KeepModel):
     def after_loss(self): self.learn.loss_grad = self.loss_grad*(1e30 if self.learn.step == 1 and world()[0] else 1)
     def after_batch(self): self.scales.append(self.precision.scaler.get_scale())
 
-def long_run(root): return options(root/"data", root/"killed", "--method", "lewel_m", "--epochs", 100, "--batch-size", 4, "--save-every", 1, "--monitor-every", 0)
+def long_run(root):
+    return options(root/"data", root/"killed", "--method", "lewel_m", "--epochs", 100, "--batch-size", 4,
+                   "--save-every", 1, "--monitor-every", 0)
 
-def short_run(root, out): return options(root/"data", out, "--method", "lewel_b", "--option", "target_norm=params", "--epochs", 1, "--batch-size", 8)
+def short_run(root, out):
+    return options(root/"data", out, "--method", "lewel_b", "--option", "target_norm=params", "--epochs", 1, "--batch-size", 8)
 
 def work(root):
     "What each of the two processes does."
@@ -64,7 +69,8 @@ def work(root):
         seen["begun"] = run(LONG, root/"begun")                                                     # by one process, see `job`
         run(RECIPES["lewel_b"], root/"parts", accumulate=2)
         half = OverflowInOne()
-        pretrain(RECIPES["lewel_m"].changed(precision="float16"), scenes("train", n=24, size=32), root/"half", "cpu", monitor_every=0, progress="none", cbs=[half])
+        pretrain(RECIPES["lewel_m"].changed(precision="float16"), scenes("train", n=24, size=32), root/"half", "cpu",
+                 monitor_every=0, progress="none", cbs=[half])
         (a, scales), (b, others) = from_all_ranks((half.state, half.scales))
         assert all(torch.equal(v, b[k]) for k, v in a.items()) and scales == others and scales[1] == scales[0]/2, (scales, others)
         for name, norm in ("lewel_m", "eman"), ("mocov2", "params"):                                # BatchNorm per process
@@ -79,7 +85,8 @@ def work(root):
         except UserError as e: assert "another process is writing" in str(e)                       # both are told
         assert pretrain_command(short_run(root, root/"one node")) == 0
         if rank == 0: atomic_write(root/"seen.pt", lambda f: torch.save(seen, f))                  # whoever waits for it never sees a part
-        sys.argv[1:] = long_run(root)                                                               # python -m lewel.pretrain, until the second process is killed
+        # python -m lewel.pretrain, until the second process is killed
+        sys.argv[1:] = long_run(root)
         runpy.run_module("lewel.pretrain", run_name="__main__")
 
 def rank_of(pid):
@@ -182,8 +189,12 @@ def test_only_the_first_process_writes(two):
 def test_two_nodes(two):
     "Two launchers with one process each, which find each other by torchrun's rendezvous as on two machines: the weights of one launcher with two processes."
     with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "localhost", "-m", "lewel.pretrain"]
-    nodes = [subprocess.Popen([*argv, *short_run(two, two/"two nodes")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")) for _ in range(2)]
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
+            "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "localhost", "-m",
+            "lewel.pretrain"]
+    nodes = [subprocess.Popen([*argv, *short_run(two, two/"two nodes")], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True,
+                              env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")) for _ in range(2)]
     try: said = [n.communicate(timeout=120)[0] for n in nodes]
     finally:
         for n in nodes: n.terminate()      # and with it its process
@@ -204,6 +215,8 @@ if __name__ == "__main__": work(Path(sys.argv[1]))
 
 def test_bad_input_is_said_once(tmp_path):
     "By the first process of a node, for all of them."
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lewel.pretrain", "--data", "scenes", "--out", str(tmp_path/"run"), "--device", "cpu", "--method", "lewel_c"]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1"))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+            "lewel.pretrain", "--data", "scenes", "--out", str(tmp_path/"run"), "--device", "cpu", "--method", "lewel_c"]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+                          env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1"))
     assert done.returncode == 1 and done.stdout.count("lewel-pretrain: error:") == 1 and "unknown method 'lewel_c'" in done.stdout, done.stdout

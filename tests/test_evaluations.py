@@ -53,8 +53,10 @@ def coco(root, n=6):
             image, (x1, y1, x2, y2) = square(rng)
             image.save(root/split/f"{i}.jpg")
             images.append(dict(id=i, file_name=f"{i}.jpg", width=64, height=64))
-            annotations.append(dict(id=i + 1, image_id=i, category_id=7, iscrowd=0, area=(x2 - x1)*(y2 - y1), bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=[[x1, y1, x2, y1, x2, y2, x1, y2]]))
-        (root/f"annotations/instances_{split}.json").write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=7, name="square")])))
+            annotations.append(dict(id=i + 1, image_id=i, category_id=7, iscrowd=0, area=(x2 - x1)*(y2 - y1),
+                                    bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=[[x1, y1, x2, y1, x2, y2, x1, y2]]))
+        (root/f"annotations/instances_{split}.json").write_text(json.dumps(dict(images=images,
+            annotations=annotations, categories=[dict(id=7, name="square")])))
     return root
 
 LAYOUTS = dict(segmentation=(camvid, "miou"), detection=(voc, "box_ap"), instance=(coco, "instance_mask_ap"))
@@ -103,7 +105,8 @@ def stop_when(monkeypatch, owner, name, number=signal.SIGTERM):
         return function(*args, **kw)
     monkeypatch.setattr(owner, name, call)
 
-@pytest.mark.parametrize("owner, name", [(knn, "center_view"), (knn, "count_votes"), (FolderSet, "fingerprint")], ids=["features", "votes", "opening"])
+@pytest.mark.parametrize("owner, name", [(knn, "center_view"), (knn, "count_votes"), (FolderSet, "fingerprint")],
+                         ids=["features", "votes", "opening"])
 def test_stopped_where_nothing_is_saved(owner, name, tmp_path, run, monkeypatch):
     "One line, exit code 143, no lock and no folder left; the same command then does it all."
     for split in "train", "val":
@@ -112,7 +115,8 @@ def test_stopped_where_nothing_is_saved(owner, name, tmp_path, run, monkeypatch)
     with monkeypatch.context() as m:
         stop_when(m, owner, name)
         done = run("evaluate", *argv)
-    assert (done.code, done.err) == (143, "lewel-evaluate: stopped by SIGTERM; saved nothing: the same command goes on from there\n") and not (tmp_path/"out").exists()
+    assert (done.code, done.err) == (143,
+                                     "lewel-evaluate: stopped by SIGTERM; saved nothing: the same command goes on from there\n") and not (tmp_path/"out").exists()
     assert run("evaluate", *argv).code == 0
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -141,15 +145,21 @@ def test_cache_that_does_not_fit(labelled, tmp_path, run, monkeypatch):
     done = run("evaluate", *argv)
     assert done.code == 2 and "cache 1 (--protocol linear --option cached_passes=1), or none" in done.err and len(done.err.splitlines()) == 1, done.err
     assert "knn, scale" not in done.out and not (tmp_path/"out").exists()
-    for few in 1, "none": assert run("evaluate", *argv[:-1], tmp_path/f"{few}", "--protocol", "linear", "--option", f"cached_passes={few}", "--option", "epochs=2").code == 0
+    for few in 1, "none":
+        assert run("evaluate", *argv[:-1], tmp_path/f"{few}", "--protocol", "linear", "--option",
+                   f"cached_passes={few}", "--option", "epochs=2").code == 0
 
 def test_published_lists(labelled, tmp_path, run):
     "--option labels_file: a missing list, one for two parts and an unknown name are refused before anything is computed; the record names list and content, no folder."
     file = tmp_path/"10percent.txt"
     file.write_text("a/000.png\nb/001.png\nb/002.png\n")
-    def evaluated(lists, out): return run("evaluate", "random", "--data", labelled, "--protocol", "knn,semi" if out == "bad" else "semi", *SMALL, "--option", f"labels_file={lists}", "--out", tmp_path/out)
+    def evaluated(lists, out):
+        return run("evaluate", "random", "--data", labelled, "--protocol", "knn,semi" if out == "bad" else "semi",
+                   *SMALL, "--option", f"labels_file={lists}", "--out", tmp_path/out)
     refused(evaluated(f"none,{tmp_path}/none.txt", "bad"), "evaluate", "unknown option of knn")
-    for lists, words in (f"none,{tmp_path}/none.txt", "no list of labelled images at"), (file, "names 1 for 2 parts of the labels (1%, 10%)"): refused(evaluated(lists, "out"), "evaluate", words)
+    for lists, words in (f"none,{tmp_path}/none.txt", "no list of labelled images at"), (file,
+            "names 1 for 2 parts of the labels (1%, 10%)"):
+        refused(evaluated(lists, "out"), "evaluate", words)
     assert evaluated(f"none,{file}", "out").code == 0
     part = read_record(tmp_path/"out")["recipe"]["protocols"]["semi"]["parts"][1]
     assert part["labels_file"].split()[0] == "10percent.txt" and str(tmp_path) not in json.dumps(read_record(tmp_path/"out"))
@@ -164,7 +174,8 @@ def test_preset_of_the_run(finished, labelled, tmp_path, run):
 
 def test_record_of_a_checkpoint(finished, labelled, tmp_path, run):
     "It says what was evaluated; the record of a finished run has no such key."
-    for start, out in (finished, "run"), (finished/"best.pt", "best"): assert run("evaluate", start, "--data", labelled, "--protocol", "knn", "--device", "cpu", "--out", tmp_path/out).code == 0
+    for start, out in (finished, "run"), (finished/"best.pt", "best"):
+        assert run("evaluate", start, "--data", labelled, "--protocol", "knn", "--device", "cpu", "--out", tmp_path/out).code == 0
     trained, known = read_record(finished), read_record(tmp_path/"best")["checkpoint"]
     assert known["run"] == trained["id"] and known["recipe"] == trained["recipe"] and known["git"] == trained["git"] and known["step"] == 0 and known["epoch"] in (1, 2)
     assert "checkpoint" not in read_record(tmp_path/"run")
@@ -182,7 +193,8 @@ def test_weight_file(finished, labelled, tmp_path, run):
     from safetensors.torch import load_file
     state = load_file(file); state.pop("layer2.conv1.weight")
     torch.save(state, tmp_path/"part.pth")
-    refused(run("evaluate", tmp_path/"part.pth", *argv, "--backbone", "small", "--out", tmp_path/"x"), "evaluate", tmp_path/"part.pth", "missing layer2.conv1.weight")
+    refused(run("evaluate", tmp_path/"part.pth", *argv, "--backbone", "small", "--out", tmp_path/"x"), "evaluate",
+            tmp_path/"part.pth", "missing layer2.conv1.weight")
 
 def rewrite(file, old, new): file.write_text(file.read_text().replace(old, new, 1))
 

@@ -91,7 +91,8 @@ def test_position_queue_momentum_and_random_state_matter(change, killed, uninter
     assert train(flat, out, *LEWEL_M).code == 0
     assert not same(weights(out), uninterrupted)
 
-SIGNALS = {"SIGTERM": (signal.SIGTERM, [(40, 40)], 0), "SIGINT": (signal.SIGINT, [(40, 40)], 0), "streamed": (signal.SIGTERM, [(40, 40), (48, 60)], 0), "workers": (signal.SIGTERM, [(40, 40), (48, 60)], 2)}
+SIGNALS = {"SIGTERM": (signal.SIGTERM, [(40, 40)], 0), "SIGINT": (signal.SIGINT, [(40, 40)], 0),
+           "streamed": (signal.SIGTERM, [(40, 40), (48, 60)], 0), "workers": (signal.SIGTERM, [(40, 40), (48, 60)], 2)}
 
 @pytest.mark.parametrize("number, sizes, workers", SIGNALS.values(), ids=SIGNALS)
 def test_signal_stops_after_the_step(number, sizes, workers, tmp_path, train, callbacks):
@@ -100,7 +101,8 @@ def test_signal_stops_after_the_step(number, sizes, workers, tmp_path, train, ca
     assert train(data, tmp_path/"whole", *more).code == 0
     callbacks(Act(7, lambda learn: os.kill(os.getpid(), number)))
     done = train(data, tmp_path/"out", *more)
-    assert done.code == 128 + number and errors(done.err) == [f"lewel-pretrain: stopped by {number.name}; saved {tmp_path/'out/last.pt'}: the same command goes on from there"]
+    assert done.code == 128 + number and errors(done.err) == [f"lewel-pretrain: stopped by {number.name}; saved "
+        f"{tmp_path/'out/last.pt'}: the same command goes on from there"]
     assert position(tmp_path/"out") == (1, 2) and not (tmp_path/"out/record.json").exists()
     callbacks()
     assert train(data, tmp_path/"out", *more).code == 0 and same(weights(tmp_path/"out"), weights(tmp_path/"whole"))
@@ -150,7 +152,8 @@ def half(flat, tmp_path, train, callbacks):
     return tmp_path/"out"
 
 @pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.05 -> 0.5"]), (["--option", "groups=8"], ["groups", "8"]), (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
-                                         (["--seed", 1, "--epochs", 3], ["seed: 0 -> 1", "epochs: 2 -> 3"]), (["--accumulate", 4], ["accumulate 1, not 4"])],
+                                         (["--seed", 1, "--epochs", 3], ["seed: 0 -> 1", "epochs: 2 -> 3"]),
+                                         (["--accumulate", 4], ["accumulate 1, not 4"])],
                          ids=["lr", "option", "method", "two", "accumulate"])
 def test_resume_refuses_another_recipe(more, words, half, flat, train):
     "All that changed is named, and the checkpoint stays."
@@ -187,7 +190,8 @@ def garble(path): path.write_bytes(b"garbage")
 def truncate(path): path.write_bytes(path.read_bytes()[:-3000])
 def empty_file(path): path.write_bytes(b"")
 def other_content(path): torch.save(dict(weights=torch.zeros(2)), path)
-def missing_key(path): torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k not in ("optimizer", "rng", "method")}, path)
+def missing_key(path):
+    torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k not in ("optimizer", "rng", "method")}, path)
 class Evil:
     def __reduce__(self): return os.system, ("touch pwned",)
 def evil(path): torch.save(dict(format=1, method=Evil()), path)
@@ -203,7 +207,8 @@ def test_damaged_checkpoint_is_refused(damage, finished, labelled, tmp_path, run
     refused(run("export", out), "export", out/"last.pt")
     (out/"record.json").unlink()
     refused(train(labelled, out), "pretrain", out/"last.pt")
-    assert (out/"last.pt").read_bytes() == before and sorted(p.name for p in out.iterdir()) == ["curve.csv", "last.pt"] and not (tmp_path/"pwned").exists()
+    assert (out/"last.pt").read_bytes() == before and sorted(p.name for p in out.iterdir()) == ["curve.csv",
+        "last.pt"] and not (tmp_path/"pwned").exists()
 
 def test_damaged_record_is_refused(finished, labelled, tmp_path, run, train):
     "A record that is not JSON is named."
@@ -230,7 +235,8 @@ def test_unreadable_images_are_skipped(sizes, workers, tmp_path, train):
     for out in tmp_path/"1", tmp_path/"2":
         done, record = train(data, out, "--batch-size", 6, "--workers", workers), read_record(out)
         assert done.code == 0, done.err
-        for name in "005cut.jpg", "010text.jpg": assert 1 <= done.err.count(f"skipped: {data/name} cannot be read (") <= max(workers, 1), done.err
+        for name in "005cut.jpg", "010text.jpg":
+            assert 1 <= done.err.count(f"skipped: {data/name} cannot be read (") <= max(workers, 1), done.err
         assert record["data"]["skipped"] == ["005cut.jpg", "010text.jpg"] and record["data"]["n"] == 18
         assert "2 unreadable images skipped" in done.out and int(weights(out)["updates"]) == 6
     assert same(weights(tmp_path/"1"), weights(tmp_path/"2"))
@@ -303,7 +309,8 @@ def test_diverging_run_stops_and_keeps_a_good_checkpoint(callback, save_every, f
     lines = errors(done.err)
     assert done.code == 1 and len(lines) == 1 and lines[0].startswith("lewel-pretrain: error: "), done.err
     assert 8 <= int(re.search(r"step (\d+)", lines[0])[1]) < 12 and "learning rate" in lines[0]
-    assert all_finite(load_checkpoint(out/"last.pt")) and position(out) >= (1, 0) and not leftovers(out) and not (out/"record.json").exists()
+    assert all_finite(load_checkpoint(out/"last.pt")) and position(out) >= (1,
+        0) and not leftovers(out) and not (out/"record.json").exists()
     callbacks()
     if save_every == 0: assert train(flat, out, *more).code == 0 and all_finite(load_checkpoint(out/"last.pt"))
 
@@ -339,7 +346,8 @@ def test_full_file_system(half, whole, flat, tmp_path, train, callbacks):
     "Too little room is refused before the first step; a disk that fills up later costs what was not saved."
     before, disk = (half/"last.pt").read_bytes(), tmp_path/"disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={len(before)*3//2}", "tmpfs", disk], capture_output=True).returncode: pytest.skip("mounting a small file system is not allowed here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={len(before)*3//2}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
     try:
         out = shutil.copytree(half, disk/"out")
         done = train(flat, out)
@@ -423,7 +431,8 @@ def slurm_job(tmp_path):
     script, = (m[1] for c in cells for m in re.finditer(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", "".join(c["source"]), re.S))
     for name, does in STUBS.items():
         (tmp_path/name).write_text(f"#!/bin/bash\n{does}\n"); (tmp_path/name).chmod(0o755)
-    env = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[0-1]", SLURM_CPUS_PER_TASK="64")
+    env = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_NNODES="2",
+               SLURM_JOB_NODELIST="node[0-1]", SLURM_CPUS_PER_TASK="64")
     job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
     limit = time.time() + 60
     while not (tmp_path/"srun.pid").exists(): assert job.poll() is None and time.time() < limit; time.sleep(.02)

@@ -12,40 +12,52 @@ root = Path(__file__).resolve().parent.parent
 
 def call(*command, **environment):
     "Run a command in a folder of the repository's files; its (code, output, errors)."
-    done = subprocess.run([str(c) for c in command], cwd=root, env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1") | environment, capture_output=True, text=True)
+    done = subprocess.run([str(c) for c in command], cwd=root,
+                          env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1") | environment,
+                          capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 def test_ablation_job(tmp_path):
     "One factor, from its notebook to records that name their pretraining, and a mark."
     out = tmp_path/"ablations"/"lewel_m-target-s0"
-    code, _, err = call(sys.executable, "experiments/run.py", "experiments/ablation.ipynb", tmp_path/"copy.ipynb", tmp_path/"mark", "scale=smoke", "method=lewel_m", "factor=target", "device=cpu", "seed=0", f"out={out}")
+    code, _, err = call(sys.executable, "experiments/run.py", "experiments/ablation.ipynb", tmp_path/"copy.ipynb",
+                        tmp_path/"mark", "scale=smoke", "method=lewel_m", "factor=target", "device=cpu", "seed=0", f"out={out}")
     assert code == 0, err
     assert (tmp_path/"mark").read_text() == "done"
     trained, judged = (next(r for r in read_records(out) if r["kind"] == kind) for kind in ("pretrain", "evaluation"))
-    assert judged["builds_on"] == [trained["id"]] and trained["recipe"]["options"]["target_norm"] == "eman"     # the value that is not the default
+    # the value that is not the default
+    assert judged["builds_on"] == [trained["id"]] and trained["recipe"]["options"]["target_norm"] == "eman"
 
-@pytest.mark.parametrize("wrong, words", [("method=lewel_c", "did you mean 'lewel_"), ("sede=1", "did you mean 'seed'?"), ("seed=-1", "must be at least 0"), ("seed=one", "must be of type int"), ("scale=dem", "did you mean 'demo'?")])
+@pytest.mark.parametrize("wrong, words", [("method=lewel_c", "did you mean 'lewel_"),
+                                          ("sede=1", "did you mean 'seed'?"), ("seed=-1", "must be at least 0"),
+                                          ("seed=one", "must be of type int"), ("scale=dem", "did you mean 'demo'?")])
 def test_impossible_parameters_are_refused_before_a_kernel_starts(tmp_path, wrong, words):
     code, out, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", wrong)
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not (tmp_path/"copy.ipynb").exists()
 
-@pytest.mark.parametrize("argv", [[], ["experiments/pretrain.ipynb"], ["experiments/pretrain.ipynb", "copy.ipynb", "--needs", "run"], ["a.ipynb", "b.ipynb", "mark", "run"]])
+@pytest.mark.parametrize("argv", [[], ["experiments/pretrain.ipynb"],
+                                  ["experiments/pretrain.ipynb", "copy.ipynb", "--needs", "run"],
+                                  ["a.ipynb", "b.ipynb", "mark", "run"]])
 def test_run_says_how_it_is_used(argv):
     "One line, not a traceback, where places are missing or too many."
     code, out, err = call(sys.executable, "experiments/run.py", *argv, *(["seed=0"] if argv else []))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and "usage: run.py NOTEBOOK EXECUTED-COPY" in err
 
 def test_a_job_without_its_folder_is_refused(tmp_path):
-    code, _, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", tmp_path/"mark", "seed=0")
+    code, _, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb",
+                        tmp_path/"mark", "seed=0")
     assert code == 2 and "needs the parameter out" in err and len(err.splitlines()) == 1
     assert not (tmp_path/"mark").exists()
 
 def test_a_second_reproduction_is_refused():
-    with only_one(root/"results"/"smoke"): code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, LEWEL_SCALE="smoke")
+    with only_one(root/"results"/"smoke"):
+        code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, LEWEL_SCALE="smoke")
     assert code == 2 and err.startswith("error: another reproduction is at work") and len(err.splitlines()) == 1
 
-@pytest.mark.parametrize("setting, words", [(dict(LEWEL_SCALE="demmo"), "did you mean 'demo'?"), (dict(LEWEL_SEEDS="0"), "at least 1"), (dict(LEWEL_SCALE="paper"), "names no data for scale 'paper'")])
+@pytest.mark.parametrize("setting, words", [(dict(LEWEL_SCALE="demmo"), "did you mean 'demo'?"),
+                                            (dict(LEWEL_SEEDS="0"), "at least 1"),
+                                            (dict(LEWEL_SCALE="paper"), "names no data for scale 'paper'")])
 def test_wrong_settings_are_refused(setting, words):
     code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, **setting)
     assert code == 2 and words in err and len(err.splitlines()) == 1
@@ -77,9 +89,11 @@ def test_a_job_without_its_mark_is_done_again(tmp_path):
 
 def test_conditions_when_asked_for():
     "CONDITIONS=1 adds a job for each run under other conditions, each with its recipe's condition, and their figure."
-    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--dry-run", "--forceall", "--printshellcmds", LEWEL_SCALE="demo", LEWEL_CONDITIONS="1")
+    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", "--nolock",
+                          "--dry-run", "--forceall", "--printshellcmds", LEWEL_SCALE="demo", LEWEL_CONDITIONS="1")
     assert code == 0, err
-    assert {tuple(found) for found in re.findall(r" condition=(\S+) method=(\S+) seed=(\d+) ", out + err)} == {(c, m, str(s)) for c, m, s in condition_runs()}
+    assert {tuple(found) for found in re.findall(r" condition=(\S+) method=(\S+) seed=(\d+) ", out + err)} == {(c, m,
+        str(s)) for c, m, s in condition_runs()}
     assert "figure_conditions.ipynb results=results/demo" in out + err
     planned = [r["command"] for r in condition_plan(Settings("demo", conditions=1))]
     assert all(re.sub(" +", " ", command) in " ".join((out + err).split()) for command in planned) and len(planned) == len(condition_runs())
@@ -91,12 +105,15 @@ def test_slurm_profile(tmp_path, monkeypatch):
     nothing.write_text("#!/bin/sh\nexit 1\n"); nothing.chmod(0o755)
     def options(*given):
         "What make passes on."
-        code, out, err = call("make", "--no-print-directory", "-n", "reproduce", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/installed", *given, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        code, out, err = call("make", "--no-print-directory", "-n", "reproduce", f"VENV={sys.prefix}", "-o",
+                              f"{sys.prefix}/installed", *given, PATH=f"{tmp_path}:{os.environ['PATH']}")
         assert code == 0, err
         return shlex.split(out.split("experiments/reproduce.py")[1])
     profile = "SNAKEMAKE=--profile experiments/slurm"
     assert options()[:2] == ["--resources", "gpu=0"] and options(profile, "GPUS=3")[:2] == ["--resources", "gpu=3"]
-    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile", *options(profile), "--nolock", "--dry-run", "--forceall", LEWEL_SCALE="imagenette", LEWEL_SEEDS="3", LEWEL_DEVICE="auto")
+    code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", "experiments/Snakefile",
+                          *options(profile), "--nolock", "--dry-run", "--forceall", LEWEL_SCALE="imagenette",
+                          LEWEL_SEEDS="3", LEWEL_DEVICE="auto")
     assert code == 0, err
     trainings = re.findall(r"^rule (?:pretrain|supervised|evaluate|ablation):.*?resources: (.*?)$", out + err, re.M | re.S)
     assert len(trainings) > 20 and all("slurm_partition=gpu" in r and r.endswith("gpu=1") for r in trainings)
@@ -109,5 +126,6 @@ def test_published_results_can_be_added_to(tmp_path):
     code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", root/"experiments/Snakefile", "--directory", tmp_path, "--cores", 1, "--nolock", "--rerun-triggers", "mtime", "input", "params",
                           "--dry-run", "--quiet", "rules", LEWEL_SCALE="demo", LEWEL_SEEDS="4", LEWEL_CONDITIONS="1")
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", out + err, re.M))
-    assert code == 0 and (jobs["pretrain"], jobs["supervised"], jobs["evaluate"], jobs["evaluate_dense"]) == ("4", "1", "6", "6") and "condition" not in jobs, err
+    assert code == 0 and (jobs["pretrain"], jobs["supervised"], jobs["evaluate"], jobs["evaluate_dense"]) == ("4",
+        "1", "6", "6") and "condition" not in jobs, err
     assert {"table", "figure", "figure_alignment", "figure_conditions"} <= jobs.keys()

@@ -47,13 +47,16 @@ def coco_entries(
         columns = dict(score=image["scores"].tolist()) if "scores" in image else dict(iscrowd=ignored(image).int().tolist())
         if kind == "mask":
             masks = image["masks"]() if callable(image["masks"]) else image["masks"]
-            if masks is None and len(image["labels"]): raise UserError("mask AP needs masks, and these images have only boxes: evaluate boxes, or give annotations with segmentation")
+            if masks is None and len(image["labels"]):
+                raise UserError("mask AP needs masks, and these images have only boxes: evaluate boxes, or give "
+                                "annotations with segmentation")
             columns["segmentation"] = masks if isinstance(masks, list) else [] if masks is None else encode_masks(masks)
         else:
             corners = image["boxes"].cpu().double()
             columns["bbox"] = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         for k, label in enumerate(image["labels"].tolist()):
-            out.append(dict(id=len(out) + 1, image_id=i, category_id=label + 1, area=1) | {name: values[k] for name, values in columns.items()})
+            out.append(dict(id=len(out) + 1, image_id=i, category_id=label + 1,
+                            area=1) | {name: values[k] for name, values in columns.items()})
     return out
 
 # %% ../../nbs/24_evaluate_ap.ipynb #65318170
@@ -63,11 +66,15 @@ def check_pairs(
     num_classes:int, # valid labels are below
 ):
     "Raise `UserError` unless both lists are for the same images and classes and there is something to find."
-    if len(predictions) != len(targets): raise UserError(f"predictions for {len(predictions)} images and targets for {len(targets)}: give one of each per image")
+    if len(predictions) != len(targets):
+        raise UserError(f"predictions for {len(predictions)} images and targets for {len(targets)}: give one of each per image")
     for what, images in ("predictions", predictions), ("targets", targets):
         labels = torch.cat([d["labels"].cpu() for d in images]) if images else torch.zeros(0)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes: raise UserError(f"the {what} have labels from {labels.min()} to {labels.max()}, and there are {num_classes} classes: use the class list of the training set for both")
-    if all(ignored(t).all() for t in targets): raise UserError(f"none of the {len(targets)} test images has an object to be found: average precision is not defined")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise UserError(f"the {what} have labels from {labels.min()} to {labels.max()}, and there are "
+                            f"{num_classes} classes: use the class list of the training set for both")
+    if all(ignored(t).all() for t in targets):
+        raise UserError(f"none of the {len(targets)} test images has an object to be found: average precision is not defined")
 
 # %% ../../nbs/24_evaluate_ap.ipynb #9fb4d172
 def average_precision(

@@ -68,7 +68,8 @@ DETECTION = dict(
     paper=DetectionProtocol(),
     imagenette=DetectionProtocol("fpn", steps=400, batch_size=4, lr=0.02, sizes=(160, 176, 192), longest=320, anchor=16, candidates=(500, 300), proposals=(300, 150), samples=64, rois=64, width=64, hidden=256, spread=0.05, precise=30),
     demo=DetectionProtocol("fpn", steps=120, batch_size=16, lr=0.05, warmup=20, sizes=(64,), longest=64, flip=0., anchor=8, candidates=(100, 60), proposals=(64, 32), samples=32, rois=32, width=32, hidden=256, spread=0.05, precise=10),
-    smoke=DetectionProtocol("fpn", steps=3, batch_size=2, warmup=2, sizes=(64,), longest=64, flip=0., anchor=8, candidates=(50, 20), proposals=(20, 8), samples=16, rois=16, width=16, hidden=16, precise=1))
+    smoke=DetectionProtocol("fpn", steps=3, batch_size=2, warmup=2, sizes=(64,), longest=64, flip=0., anchor=8,
+                            candidates=(50, 20), proposals=(20, 8), samples=16, rois=16, width=16, hidden=16, precise=1))
 
 # %% ../../nbs/25_evaluate_detection.ipynb #c3665e9e
 @torch.no_grad()
@@ -77,7 +78,8 @@ def layer_shapes(
 )->dict: # "layer1" to "layer4" -> (channels, stride)
     "What the stages of a backbone put out. Raises `UserError` if it does not have them."
     if tuple(n for n, _ in backbone.named_children()) != CHILDREN:
-        raise UserError(f"a detector needs a backbone made of {', '.join(CHILDREN)}, as small and the ResNets of create_backbone are; this {type(backbone).__name__} is not")
+        raise UserError(f"a detector needs a backbone made of {', '.join(CHILDREN)}, as small and the ResNets of "
+                        f"create_backbone are; this {type(backbone).__name__} is not")
     shapes, x = {}, next(backbone.parameters()).new_zeros(1, 3, 64, 64)
     with frozen(backbone):
         for name, part in backbone.named_children():
@@ -168,7 +170,8 @@ def fpn_parts(
 )->tuple: # trunk with its out_channels, pool, head, channels that the head puts out
     "The backbone with a pyramid, and a head of its own."
     trunk, width, hidden = Pyramid(backbone, protocol.width), protocol.width, protocol.hidden
-    head = FastRCNNConvFCHead((width, 7, 7), [width]*protocol.convs, [hidden], nn.BatchNorm2d) if protocol.convs else TwoMLPHead(width*49, hidden)
+    head = FastRCNNConvFCHead((width, 7, 7), [width]*protocol.convs, [hidden],
+                              nn.BatchNorm2d) if protocol.convs else TwoMLPHead(width*49, hidden)
     for m in head.modules():
         if isinstance(m, nn.Linear): nn.init.kaiming_uniform_(m.weight, a=1); nn.init.zeros_(m.bias)
     return trunk, RoIPool(trunk.strides, 7, protocol.anchor), head, hidden
@@ -185,7 +188,8 @@ def proposal_network(
     sizes = [protocol.anchor*2**k for k in range(5 if levels == 1 else levels)]
     anchors = AnchorGenerator((tuple(sizes),) if levels == 1 else tuple((s,) for s in sizes), (RATIOS,)*levels)
     before, after = (dict(zip(("training", "testing"), n)) for n in (protocol.candidates, protocol.proposals))
-    return RegionProposalNetwork(anchors, RPNHead(channels, anchors.num_anchors_per_location()[0]), 0.7, 0.3, protocol.samples, 0.5, before, after, 0.7)
+    return RegionProposalNetwork(anchors, RPNHead(channels, anchors.num_anchors_per_location()[0]), 0.7, 0.3,
+                                 protocol.samples, 0.5, before, after, 0.7)
 
 # %% ../../nbs/25_evaluate_detection.ipynb #a99092db
 def detector(
@@ -198,7 +202,8 @@ def detector(
     parts = dict(c4=c4_parts, fpn=fpn_parts)[check_choice("detector", protocol.kind, ("c4", "fpn"))]
     trunk, pool, head, channels = parts(copy.deepcopy(backbone), protocol)
     predictor = FastRCNNPredictor(channels, num_classes + 1)
-    for layer, std in (predictor.cls_score, protocol.spread), (predictor.bbox_pred, 0.001): nn.init.normal_(layer.weight, std=std); nn.init.zeros_(layer.bias)
+    for layer, std in (predictor.cls_score, protocol.spread), (predictor.bbox_pred, 0.001):
+        nn.init.normal_(layer.weight, std=std); nn.init.zeros_(layer.bias)
     rpn = proposal_network(trunk.out_channels, len(getattr(trunk, "strides", ())) + 1, protocol)
     heads = heads(pool, head, predictor, 0.5, 0.5, protocol.rois, 0.25, None, 0.05, 0.5, 100)
     resize = GeneralizedRCNNTransform(protocol.sizes, protocol.longest, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -210,7 +215,8 @@ def backbone_names(
 )->dict: # the detector's name -> the backbone's
     "Where the tensors of the backbone are in a detector's state."
     prefixes = "roi_heads.box_head.layer4.", "backbone.body.", "backbone."
-    names = {k: k.removeprefix("roi_heads.box_head.").removeprefix("backbone.").removeprefix("body.") for k in model.state_dict() if k.startswith(prefixes)}
+    names = {k: k.removeprefix("roi_heads.box_head.").removeprefix("backbone.").removeprefix("body.")
+             for k in model.state_dict() if k.startswith(prefixes)}
     return {k: n for k, n in names.items() if not n.startswith("fpn.")}
 
 # %% ../../nbs/25_evaluate_detection.ipynb #0f91ee45
@@ -339,8 +345,11 @@ def check_boxes(
     test:BoxSet, # to test on
 ):
     "Raise `UserError` unless the sets have the same classes and objects to find."
-    if train.classes != test.classes: raise UserError(f"{train.name} has the classes {train.classes[:9]} and {test.name} {test.classes[:9]}: they must be the same, in the same order")
-    if not any(len(test.target(i)["labels"]) for i in range(len(test))): raise UserError(f"none of the {len(test)} images of {test.name} has a box: there is nothing to find")
+    if train.classes != test.classes:
+        raise UserError(f"{train.name} has the classes {train.classes[:9]} and {test.name} {test.classes[:9]}: they "
+                        "must be the same, in the same order")
+    if not any(len(test.target(i)["labels"]) for i in range(len(test))):
+        raise UserError(f"none of the {len(test)} images of {test.name} has a box: there is nothing to find")
 
 def predict_all(
     model:GeneralizedRCNN, # from `detector`
@@ -349,7 +358,8 @@ def predict_all(
     chunk:int=64, # images that are in memory at a time
 )->list: # predictions
     "Predictions for a whole set."
-    return [pack(p) for i in range(0, len(images), chunk) for p in predict(model, [images.image(j) for j in range(i, min(i + chunk, len(images)))])]
+    return [pack(p) for i in range(0, len(images), chunk)
+            for p in predict(model, [images.image(j) for j in range(i, min(i + chunk, len(images)))])]
 
 def evaluate_detection(
     backbone:nn.Module, # with torchvision's names; not changed
@@ -377,9 +387,12 @@ def evaluate_detection(
 DETECTRON2_HEADS = { # beginning of our name -> of detectron2's
     "rpn.head.conv.0.0": "proposal_generator.rpn_head.conv", "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits", "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
     "roi_heads.box_head.norm": "roi_heads.res5.norm", "roi_heads.box_head.fc6": "roi_heads.box_head.fc1", "roi_heads.box_head.fc7": "roi_heads.box_head.fc2", "roi_heads.box_head.5": "roi_heads.box_head.fc1",
-    "roi_heads.box_predictor": "roi_heads.box_predictor", "roi_heads.mask_predictor.conv5_mask": "roi_heads.mask_head.deconv", "roi_heads.mask_predictor.mask_fcn_logits": "roi_heads.mask_head.predictor"}
+    "roi_heads.box_predictor": "roi_heads.box_predictor",
+    "roi_heads.mask_predictor.conv5_mask": "roi_heads.mask_head.deconv",
+    "roi_heads.mask_predictor.mask_fcn_logits": "roi_heads.mask_head.predictor"}
 DETECTRON2_CONVS = { # list of convolutions -> their names in detectron2, numbered from
-    "backbone.fpn.inner_blocks": ("backbone.fpn_lateral", 2), "backbone.fpn.layer_blocks": ("backbone.fpn_output", 2), "roi_heads.box_head": ("roi_heads.box_head.conv", 1), "roi_heads.mask_head": ("roi_heads.mask_head.mask_fcn", 1)}
+    "backbone.fpn.inner_blocks": ("backbone.fpn_lateral", 2), "backbone.fpn.layer_blocks": ("backbone.fpn_output", 2),
+    "roi_heads.box_head": ("roi_heads.box_head.conv", 1), "roi_heads.mask_head": ("roi_heads.mask_head.mask_fcn", 1)}
 
 def detectron2_head(
     name:str, # ours, of a tensor that is not the backbone's
@@ -409,6 +422,7 @@ def detectron2_state(
         if name.startswith("roi_heads.box_predictor.cls_score"): return torch.cat([x[1:], x[:1]])
         if name.startswith("roi_heads.box_predictor.bbox_pred"): return x[4:]
         if name.startswith("roi_heads.mask_predictor.mask_fcn_logits"): return x[1:]
-        if name.startswith(("rpn.head.cls_logits", "rpn.head.bbox_pred")): return x.unflatten(0, (len(RATIOS), sizes, -1)).transpose(0, 1).reshape(x.shape)
+        if name.startswith(("rpn.head.cls_logits", "rpn.head.bbox_pred")):
+            return x.unflatten(0, (len(RATIOS), sizes, -1)).transpose(0, 1).reshape(x.shape)
         return x
     return {theirs: reorder(ours, model.state_dict()[ours]) for ours, theirs in detectron2_names(model).items()}

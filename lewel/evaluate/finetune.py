@@ -48,7 +48,9 @@ def _restore(state_file, identity, model, optimizer):
     "Steps that a saved state has behind it; 0 if there is none."
     if state_file is None or not state_file.exists(): return 0
     state = read_weights(state_file)
-    if state["identity"] != identity: raise UserError(f"{state_file} is the state of another evaluation ({state['identity']}, not {identity}): remove it, or choose another output folder")
+    if state["identity"] != identity:
+        raise UserError(f"{state_file} is the state of another evaluation ({state['identity']}, not {identity}): "
+                        "remove it, or choose another output folder")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     set_rng_state(state["rng"])
@@ -56,7 +58,8 @@ def _restore(state_file, identity, model, optimizer):
 
 def _progress(title, step, first, steps, loss, batch_size, started):
     "A line: where we are and how long it will take."
-    print(f"{title} | step {step}/{steps} | loss {loss:.3f} | {pace(step - first, steps - step, time.time() - started, batch_size)}", flush=True)
+    print(f"{title} | step {step}/{steps} | loss {loss:.3f} | "
+          f"{pace(step - first, steps - step, time.time() - started, batch_size)}", flush=True)
 
 # %% ../../nbs/19_evaluate_finetune.ipynb #b234af89
 def finetune(
@@ -86,7 +89,9 @@ def finetune(
             step, now = step + 1, time.time()
             last, tell = step == schedule.steps, now - printed > 10
             if not (last or tell or signals or now - saved > every): continue
-            if not math.isfinite(value := loss.item()): raise NonFiniteLoss(f"{title or identity or 'fine-tuning'}: the loss is {value} at step {step - 1}: lower the protocol's learning rate")
+            if not math.isfinite(value := loss.item()):
+                raise NonFiniteLoss(f"{title or identity or 'fine-tuning'}: the loss is {value} at step {step - 1}: "
+                                    "lower the protocol's learning rate")
             if title and (last or tell): printed = now; _progress(title, step, first, schedule.steps, value, batch_size, started)
             if state_file and (last or signals or now - saved > every):
                 state = dict(identity=identity, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng_state())

@@ -28,7 +28,8 @@ class InstanceProtocol(DetectionProtocol):
 
 coco = dict(steps=90_000, milestones=(60/90, 80/90), warmup=1000, sizes=tuple(range(640, 801, 32)))
 pyramid = dict(kind="fpn", convs=4, candidates=(2000, 1000), proposals=(1000, 1000))
-little = dict(kind="fpn", candidates=(100, 60), proposals=(64, 32), samples=32, rois=32, width=48, hidden=256, spread=0.05, mask_width=32, mask_convs=1)
+little = dict(kind="fpn", candidates=(100, 60), proposals=(64, 32), samples=32, rois=32, width=48, hidden=256,
+              spread=0.05, mask_width=32, mask_convs=1)
 INSTANCE = dict(
     paper=InstanceProtocol(**coco, **pyramid),
     imagenette=InstanceProtocol(kind="fpn", steps=400, batch_size=4, sizes=(160, 176, 192), longest=320, anchor=16, candidates=(500, 300), proposals=(300, 150), samples=64, rois=64, width=64, hidden=256, spread=0.05, precise=30, mask_width=64, mask_convs=2),
@@ -94,7 +95,9 @@ def evaluate_instance(
     "Fine-tune a Mask R-CNN on top of a backbone and test it. Raises `UserError`, and `Stopped` after saving when a signal came."
     check_boxes(train, test)
     for part in train, test:
-        if not part.has_masks: raise UserError(f"not every object of {part.name} has a mask, which instance segmentation needs: give annotations with a segmentation, or evaluate detection")
+        if not part.has_masks:
+            raise UserError(f"not every object of {part.name} has a mask, which instance segmentation needs: give "
+                            "annotations with a segmentation, or evaluate detection")
     torch.manual_seed(seed)
     model = instance_detector(backbone, len(train.classes), protocol)
     train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)

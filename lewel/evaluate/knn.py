@@ -118,7 +118,8 @@ def extract_features(
     "Pooled features of a frozen backbone, without augmentation; N counts readable images."
     device = device or next(backbone.parameters()).device
     with frozen(backbone.to(device)):
-        batches = ((pooled(backbone, normalize(views.to(device).float().div_(255))), part) for views, part in center_batches(images, size, batch_size, workers))
+        batches = ((pooled(backbone, normalize(views.to(device).float().div_(255))), part)
+                   for views, part in center_batches(images, size, batch_size, workers))
         features, indices = collected(told(batches, len(images), title and f"{title} | features of {images.name}"), len(images))
     return features, None if images.labels is None else images.labels.cpu()[indices]
 

@@ -111,7 +111,8 @@ def streamed(
 )->Batches:
     "Features of random crops and flips, computed anew for each epoch."
     recipe = ViewRecipe(size, area=protocol.area, flip=protocol.flip, jitter=0., gray=0.)
-    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers, epochs=protocol.cached_passes or protocol.epochs)
+    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers,
+                        epochs=protocol.cached_passes or protocol.epochs)
     labels = images.labels.cpu()
     def make(epoch, start):
         loader.epoch, loader.start = epoch, start
@@ -135,7 +136,8 @@ def cached(
         passes.append(collected(told(batches, n, title and f"{title} | features of pass {len(passes) + 1} of {protocol.cached_passes}"), n))
     def make(epoch, start):
         x, y = passes[epoch % len(passes)]
-        for part in torch.from_numpy(epoch_order(len(x), seed, epoch)).split(protocol.batch_size)[start:]: yield x[part].to(device), y[part].to(device)
+        for part in torch.from_numpy(epoch_order(len(x), seed, epoch)).split(protocol.batch_size)[start:]:
+            yield x[part].to(device), y[part].to(device)
     return Batches(make, len(batches))
 
 # %% ../../nbs/18_evaluate_linear.ipynb #c7b0061f
@@ -149,7 +151,8 @@ def free_memory(
     for controllers, group in re.findall(r"^\d+:(.*?):/(.*)$", read("proc/self/cgroup"), re.M):      # version 2 names no controllers
         if controllers and "memory" not in controllers.split(","): continue
         top, name = ("sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("sys/fs/cgroup", "memory.max")
-        for folder in (Path(top, group), *Path(top, group).parents): free += [int(n) - taken for n in re.findall(r"^\d+", read(folder/name))]
+        for folder in (Path(top, group), *Path(top, group).parents):
+            free += [int(n) - taken for n in re.findall(r"^\d+", read(folder/name))]
     return min(free, default=math.inf)
 
 def check_cache(
@@ -190,7 +193,9 @@ def evaluate_linear(
     if protocol.cached_passes: batches = cached(batches, protocol, seed, device, title)
     identity = state_file and f"linear on {train.name} {train.fingerprint()}, weights {weights_fingerprint(backbone)}, size {size}, seed {seed}, {protocol}"
     diverged = UserError(f"the linear classifier diverged with lr {protocol.lr}: lower the protocol's lr")
-    try: classifier = fit_linear(batches, x.shape[1], int(max(train.labels.max(), y.max())) + 1, protocol, seed, device, title, state_file, identity)
+    try:
+        classifier = fit_linear(batches, x.shape[1], int(max(train.labels.max(), y.max())) + 1, protocol, seed,
+                                device, title, state_file, identity)
     except NonFiniteLoss as e: raise diverged from e
     with torch.no_grad(): scores = classifier(x.to(device)).cpu()
     if not scores.isfinite().all(): raise diverged

@@ -40,7 +40,9 @@ def evaluation_sets(
     if isinstance(data, tuple): train, test = data
     else:
         known = str(data) in ("scenes", "imagenette")
-        if not known and Path(data).is_dir() and not has_split(data, "val"): raise UserError(f"{data} has no validation split: an evaluation needs {Path(data)/'train'} and {Path(data)/'val'}, each with class folders")
+        if not known and Path(data).is_dir() and not has_split(data, "val"):
+            raise UserError(f"{data} has no validation split: an evaluation needs {Path(data)/'train'} and "
+                            f"{Path(data)/'val'}, each with class folders")
         train = open_data(data, "train", size, strict)
         test = open_data(data, "test" if str(data) == "scenes" else "val", size, strict, train.classes)
     for part, images in ("train", train), ("val", test):
@@ -81,7 +83,9 @@ class Protocol(NamedTuple):
     run:Callable # (backbone, train, test, settings, Given) -> dict of metrics
     check:Callable=lambda *args: None # with the same arguments; raises `UserError`
 
-def _instance(name, presets): return Protocol(box_sets, presets, lambda b, train, test, p, given: {f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
+def _instance(name, presets):
+    return Protocol(box_sets, presets, lambda b, train, test, p,
+                    given: {f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
 
 protocols = dict(
     knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device, workers=given.workers, title=given.title)),
@@ -91,7 +95,8 @@ protocols = dict(
                   lambda b, train, test, p, given: [labelled_part(train, part, given.seed) for part in p.parts]),
     segmentation=Protocol(mask_sets, SEGMENTATION, lambda b, train, test, p, given: evaluate_segmentation(b, train, test, p, *given[1:])),
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
-    **{name: _instance(name, presets) for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X, instance_c4=INSTANCE_C4).items()})
+    **{name: _instance(name, presets) for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X,
+       instance_c4=INSTANCE_C4).items()})
 
 # %% ../../nbs/27_evaluate_run.ipynb #997ed655
 def protocol_settings(
@@ -122,7 +127,8 @@ def usual_preset(
     "The preset that suits a run or a checkpoint; \"imagenette\" where nothing is known, as of a weight file."
     scale = read_record(start)["scale"] if (Path(start)/"record.json").is_file() else None
     if scale in SCALES: return scale
-    alike = (scale for scale, at_scale in recipes.items() for r in at_scale.values() if (r.backbone, r.size) == (info.get("backbone"), info["size"]))
+    alike = (scale for scale, at_scale in recipes.items()
+             for r in at_scale.values() if (r.backbone, r.size) == (info.get("backbone"), info["size"]))
     return next(alike, "imagenette")
 
 # %% ../../nbs/27_evaluate_run.ipynb #05a84909
@@ -175,10 +181,13 @@ def describe(
     sets:dict, # opener -> (train, test)
 )->dict: # the part of the record that decides its result
     "What is to be evaluated, and how."
-    recipe = dict(backbone=backbone if isinstance(backbone, str) else type(backbone).__name__, size=size, protocols={n: recorded(p) for n, p in settings.items()})
+    recipe = dict(backbone=backbone if isinstance(backbone, str) else type(backbone).__name__, size=size,
+                  protocols={n: recorded(p) for n, p in settings.items()})
     recipe |= {k: info[k] for k in ("file", "epochs", "fingerprint") if k in info}
-    data = dict(name=" + ".join(dict.fromkeys(test.name for _, test in sets.values())), fingerprint=" ".join(part.fingerprint() for pair in sets.values() for part in pair))
-    return dict(kind="evaluation", scale=scale, method=info["method"], seed=info["seed"], recipe=recipe, builds_on=info["builds_on"], data=data)
+    data = dict(name=" + ".join(dict.fromkeys(test.name for _, test in sets.values())),
+                fingerprint=" ".join(part.fingerprint() for pair in sets.values() for part in pair))
+    return dict(kind="evaluation", scale=scale, method=info["method"], seed=info["seed"], recipe=recipe,
+                builds_on=info["builds_on"], data=data)
 
 # %% ../../nbs/27_evaluate_run.ipynb #55945eef
 def checkpoint_facts(
@@ -186,9 +195,11 @@ def checkpoint_facts(
 )->dict: # run (an id, or None), recipe, epoch, step, data, version, git
     "What a record says about the checkpoint that was evaluated."
     state, folder = load_checkpoint(file), Path(file).parent
-    data, record = dict(name=state.get("images"), fingerprint=state.get("data")), read_record(folder) if (folder/"record.json").exists() else None
+    data, record = dict(name=state.get("images"),
+                        fingerprint=state.get("data")), read_record(folder) if (folder/"record.json").exists() else None
     own = record and record["recipe"] == plain(state["recipe"]) and record["data"]["fingerprint"] == data["fingerprint"]
-    return dict(run=record["id"] if own else None, data=data, git=state.get("git"), **{k: state[k] for k in ("recipe", "epoch", "step", "version")})
+    return dict(run=record["id"] if own else None, data=data, git=state.get("git"),
+                **{k: state[k] for k in ("recipe", "epoch", "step", "version")})
 
 # %% ../../nbs/27_evaluate_run.ipynb #b1d2fb5c
 def run_protocols(
@@ -207,14 +218,17 @@ def run_protocols(
     partial, jobs = Partial(out, identity), {}
     for n in (n for n in settings if n not in partial.done):
         title = f"{info['method']} seed {info['seed']} | {n}, scale {scale}, {identity}"
-        jobs[n] = net, *sets[protocols[n].sets], settings[n], Given(size, info["seed"], device, title, out/f"{n}.pt", out/f"{n}.png", workers)
+        jobs[n] = net, *sets[protocols[n].sets], settings[n], Given(size, info["seed"], device, title, out/f"{n}.pt",
+            out/f"{n}.png", workers)
         protocols[n].check(*jobs[n])
     for n, job in jobs.items():
         started, given = time.time(), job[-1]
         metrics = protocols[n].run(*job)
         partial.add(n, metrics, time.time() - started)
         given.state_file.unlink(missing_ok=True)
-        print(f"{given.title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if isinstance(v, float) and not k.startswith("iou_")), flush=True)
+        print(f"{given.title}: " + ", ".join(f"{k} {v:.1f}"
+                                             for k, v in metrics.items()
+                                             if isinstance(v, float) and not k.startswith("iou_")), flush=True)
     return partial
 
 # %% ../../nbs/27_evaluate_run.ipynb #24a01274
@@ -247,7 +261,8 @@ def evaluate(
     code_state()      # the record names the code as it is now
     check_least(workers=(workers, 0), seed=(seed, 0), size=(size or 8, 8))
     for n in names: protocol_settings(n, preset or "imagenette", options)      # a mistake is told before anything is read
-    if out is None and not Path(start).is_dir(): raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
+    if out is None and not Path(start).is_dir():
+        raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
     out, device = Path(out or Path(start)/"evaluation"), pick_device(device)
     with stopping_at_once(out/"partial.json"):
         net, info = load_backbone(start, backbone, seed)
@@ -260,13 +275,16 @@ def evaluate(
         if (out/"record.json").exists() and read_record(out)["id"] == identity: return read_record(out)
         if "epochs" in info: record["checkpoint"] = checkpoint_facts(start)
         for train, test in sets.values():
-            print(f"{info['method']} seed {info['seed']} | {len(train):,} images of {train.name} to learn from, {len(test):,} of {test.name} to judge by{'' if preset else f', preset {chosen}'}", flush=True)
+            print(f"{info['method']} seed {info['seed']} | {len(train):,} images of {train.name} to learn from, "
+                  f"{len(test):,} of {test.name} to judge by{'' if preset else f', preset {chosen}'}", flush=True)
         forget_peak_memory(device)
         with held_output(out): partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, workers)
-        skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))        # what is streamed has only now been read
+        # what is streamed has only now been read
+        skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
         record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
         set_aside(out)
         written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()),
-                                         protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
+                                         protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device),
+                                         **record, **environment(device)))
         partial.path.unlink(missing_ok=True)
         return written

@@ -59,10 +59,12 @@ def residual_blocks(
 )->list: # its blocks, in order
     "The blocks of a ResNet; raises `UserError` if it is none, or cannot have this output stride."
     if missing := [n for n in CHILDREN if not hasattr(backbone, n)]:
-        raise UserError(f"backbone {type(backbone).__name__} has no {missing[0]}: segmentation takes a ResNet with the children {', '.join(CHILDREN)}")
+        raise UserError(f"backbone {type(backbone).__name__} has no {missing[0]}: segmentation takes a ResNet with "
+                        f"the children {', '.join(CHILDREN)}")
     blocks = [b for n in CHILDREN[4:] for b in getattr(backbone, n).modules() if isinstance(b, (BasicBlock, Bottleneck))]
     possible = sorted(set(np.cumprod([backbone.conv1.stride[0]*backbone.maxpool.stride] + [b.stride for b in blocks]).tolist()))
-    if output_stride not in possible: raise UserError(f"this backbone cannot have output stride {output_stride}: choose {', '.join(map(str, possible))}")
+    if output_stride not in possible:
+        raise UserError(f"this backbone cannot have output stride {output_stride}: choose {', '.join(map(str, possible))}")
     return blocks
 
 def dilate(
@@ -73,7 +75,8 @@ def dilate(
     blocks = residual_blocks(backbone := copy.deepcopy(backbone), output_stride)
     stride, dilation = backbone.conv1.stride[0]*backbone.maxpool.stride, 1
     for block in blocks:
-        factor = block.stride if stride*block.stride > output_stride else 1       # of positions, in each direction, that this block now keeps
+        # of positions, in each direction, that this block now keeps
+        factor = block.stride if stride*block.stride > output_stride else 1
         for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
             if wide := conv.kernel_size[0] > 1: conv.dilation = conv.padding = (dilation, dilation)
             if factor > 1 and conv.stride[0] > 1:
@@ -92,7 +95,9 @@ class FCN(nn.Module):
         protocol:SegmentationProtocol=SEGMENTATION["paper"], # output stride, width and dilation of the head
     ):
         super().__init__()
-        def layer(channels): return nn.Conv2d(channels, p.width, 3, padding=p.dilation, dilation=p.dilation, bias=False), nn.BatchNorm2d(p.width), nn.ReLU(inplace=True)
+        def layer(channels):
+            return nn.Conv2d(channels, p.width, 3, padding=p.dilation, dilation=p.dilation,
+                             bias=False), nn.BatchNorm2d(p.width), nn.ReLU(inplace=True)
         p = protocol
         self.backbone = dilate(backbone, p.output_stride)
         self.head = init_weights(nn.Sequential(*layer(num_features(backbone)), *layer(p.width), nn.Conv2d(p.width, classes, 1)))
@@ -213,12 +218,14 @@ def fit_segmentation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FCN(backbone, len(train.classes), protocol).to(device)
-    optimizer, crops = torch.optim.SGD(model.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay), crops_ahead(train, protocol, seed, workers)
+    optimizer, crops = torch.optim.SGD(model.parameters(), protocol.lr, protocol.momentum,
+                                       weight_decay=protocol.weight_decay), crops_ahead(train, protocol, seed, workers)
     def loss_of(step):
         batch = torch.stack(crops(step)).to(device)
         return pixel_loss(model(normalize(batch[:, :3].float().div_(255))), batch[:, 3])
     identity = f"segmentation of {train.name} {train.fingerprint()}, weights {weights_fingerprint(model)}, seed {seed}, {asdict(protocol)}"
-    return finetune(model, loss_of, optimizer, StepSchedule(protocol.steps, protocol.milestones), title, protocol.batch_size, state_file, identity)
+    return finetune(model, loss_of, optimizer, StepSchedule(protocol.steps, protocol.milestones), title,
+                    protocol.batch_size, state_file, identity)
 
 # %% ../../nbs/22_evaluate_segmentation.ipynb #73f00e11
 def evaluate_segmentation(
@@ -234,7 +241,9 @@ def evaluate_segmentation(
     workers:int=2, # threads that prepare crops
 )->dict: # "miou" and "iou_CLASS", percent
     "Fine-tune a backbone for segmentation and evaluate it; raises `UserError` if the two sets have different classes."
-    if train.classes != test.classes: raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; {', '.join(test.classes)}): give both splits the same list")
+    if train.classes != test.classes:
+        raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; "
+                        f"{', '.join(test.classes)}): give both splits the same list")
     model = fit_segmentation(backbone, train, protocol, seed, device, title, state_file, workers)
     if title: print(f"{title} | evaluating on {len(test)} images", flush=True)
     metrics = judge(model, test)
@@ -269,5 +278,6 @@ def show_predictions(
             seen |= set(np.unique(classes)) - {IGNORE}
             ax.imshow(np.concatenate([colors, np.ones((256 - len(colors), 3))])[classes], interpolation="nearest")
     for ax, name in zip(axes[:, 0], ("image", "ground truth", "prediction")): ax.set_ylabel(name)
-    fig.legend(handles=[mpl.patches.Patch(color=colors[c], label=masks.classes[c]) for c in sorted(seen)], loc="outside lower center", ncols=max(3, 2*len(indices)), frameon=False, fontsize=6)
+    fig.legend(handles=[mpl.patches.Patch(color=colors[c], label=masks.classes[c]) for c in sorted(seen)],
+               loc="outside lower center", ncols=max(3, 2*len(indices)), frameon=False, fontsize=6)
     return finish(fig, caption)

@@ -71,14 +71,16 @@ def listed_images(
 )->torch.Tensor: # indices of the named images, ascending
     "The images that a list names. Raises `UserError` naming the line for an unknown or ambiguous name."
     lines = read_list(file).splitlines()
-    if getattr(images, "paths", None) is None: raise UserError(f"{file} cannot be used with {images.name}, whose images have no names: leave out the labels file")
+    if getattr(images, "paths", None) is None:
+        raise UserError(f"{file} cannot be used with {images.name}, whose images have no names: leave out the labels file")
     known, found = defaultdict(list), set()
     for i, path in enumerate(images.paths):
         for name in {path, path.rsplit("/", 1)[-1]}: known[name].append(i)
     for number, line in enumerate(lines, 1):
         if not (name := line.strip()): continue
         if not (at := known.get(name)): raise UserError(f"{file} line {number}: no image {name!r} in {images.name}")
-        if len(at) > 1: raise UserError(f"{file} line {number}: {name!r} may be {images.paths[at[0]]} or {images.paths[at[1]]}: give the path")
+        if len(at) > 1:
+            raise UserError(f"{file} line {number}: {name!r} may be {images.paths[at[0]]} or {images.paths[at[1]]}: give the path")
         found.add(at[0])
     if not found: raise UserError(f"{file} names no image")
     return torch.tensor(sorted(found))
@@ -92,7 +94,8 @@ def with_lists(
     files = files if isinstance(files, (list, tuple)) else [files]
     if len(files) != len(protocol.parts):
         parts = ", ".join(f"{p.percent}%" for p in protocol.parts)
-        raise UserError(f"labels_file names {len(files)} for {len(protocol.parts)} parts of the labels ({parts}): give a file for each, separated by commas, or none where images are to be drawn")
+        raise UserError(f"labels_file names {len(files)} for {len(protocol.parts)} parts of the labels ({parts}): "
+                        "give a file for each, separated by commas, or none where images are to be drawn")
     files = [f if f is None else str(f) for f in files]
     for f in files: f is None or read_list(f)
     return replace(protocol, parts=tuple(replace(p, labels_file=f) for p, f in zip(protocol.parts, files)))
@@ -103,7 +106,8 @@ def recorded(
     "Settings as a record has them: a list of images by its file name and 16 hex digits of the SHA-256 of its content."
     found = asdict(settings)
     for part in found.get("parts", ()):
-        if file := part["labels_file"]: part["labels_file"] = f"{Path(file).name} {hashlib.sha256(read_list(file).encode()).hexdigest()[:16]}"
+        if file := part["labels_file"]:
+            part["labels_file"] = f"{Path(file).name} {hashlib.sha256(read_list(file).encode()).hexdigest()[:16]}"
     return found
 
 # %% ../../nbs/20_evaluate_semi.ipynb #f6dd5280
@@ -136,7 +140,8 @@ def optimizer_for(
     protocol:SemiProtocol, # momentum, weight decay
 )->torch.optim.SGD: # two groups of parameters
     "SGD with a rate for the backbone and one for the classifier."
-    groups = [dict(params=model.backbone.parameters(), lr=part.backbone_lr), dict(params=model.classifier.parameters(), lr=part.classifier_lr)]
+    groups = [dict(params=model.backbone.parameters(), lr=part.backbone_lr),
+              dict(params=model.classifier.parameters(), lr=part.classifier_lr)]
     return torch.optim.SGD(groups, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
 
 # %% ../../nbs/20_evaluate_semi.ipynb #856e09e4
@@ -181,7 +186,8 @@ def fit_part(
     loss_of, steps = batch_loss(model, images, protocol, size, seed, device, workers, part.epochs)
     schedule = StepSchedule(part.epochs*steps, protocol.milestones, protocol.gamma)
     batch_size = min(protocol.batch_size, len(images))
-    return finetune(model, loss_of, optimizer_for(model, part, protocol), schedule, title, batch_size, state_file, f"semi {part.percent}% {digest}")
+    return finetune(model, loss_of, optimizer_for(model, part, protocol), schedule, title, batch_size, state_file,
+                    f"semi {part.percent}% {digest}")
 
 # %% ../../nbs/20_evaluate_semi.ipynb #6b99a923
 def classify(
@@ -249,15 +255,19 @@ def train_supervised(
     check_labels(train, "the training images"); check_labels(test, "the test images")
     out, protocol, started = Path(out), SUPERVISED[check_choice("preset", preset, SUPERVISED)], time.time()
     data = dict(name=train.name, n=len(train), fingerprint=f"{train.fingerprint()} {test.fingerprint()}", skipped=[])
-    record = dict(kind="pretrain", scale=scale, method="supervised", seed=seed, recipe=dict(backbone=backbone, size=size, protocol=asdict(protocol)), builds_on=[], data=data)
+    record = dict(kind="pretrain", scale=scale, method="supervised", seed=seed,
+                  recipe=dict(backbone=backbone, size=size, protocol=asdict(protocol)), builds_on=[], data=data)
     record["id"] = run_id(record)
     if (out/"record.json").exists() and (out/"backbone.pth").exists() and read_record(out)["id"] == record["id"]: return read_record(out)
-    net, state_file, title, device = load_backbone("random", backbone, seed)[0], out/"state.pt", f"supervised seed {seed}", torch.device(device)
+    net, state_file, title, device = load_backbone("random", backbone,
+        seed)[0], out/"state.pt", f"supervised seed {seed}", torch.device(device)
     forget_peak_memory(device); code_state()      # the record names the code as it is now
     model = fit_part(net, train, int(train.labels.max()) + 1, protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
     metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
     atomic_write(out/"backbone.pth", lambda f: torch.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, f))
     seconds = time.time() - started
-    written = write_record(out, record | dict(metrics=metrics, seconds=seconds, images_per_second=protocol.parts[0].epochs*len(train)/seconds, peak_memory_mb=peak_memory_mb(device), **environment(device)))
+    written = write_record(out, record | dict(metrics=metrics, seconds=seconds,
+                                              images_per_second=protocol.parts[0].epochs*len(train)/seconds,
+                                              peak_memory_mb=peak_memory_mb(device), **environment(device)))
     state_file.unlink(missing_ok=True)
     return written
