@@ -1,11 +1,13 @@
-"""Run the experiments of a scale, then write the page and print the tables. Settings: settings.ini, or the environment; arguments go to Snakemake.
+"""Run the experiments of a scale, then write the page and print the tables.
+Settings: settings.ini, or the environment; arguments go to Snakemake.
 
 With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing.
 With LEWEL_KEEP=1 results that came with the repository are kept and added to; else they are put aside and computed again."""
 import os, subprocess, sys
 from pathlib import Path
 from lewel.core import UserError, read_failures
-from lewel.experiments import adopt, check_data, evaluation_groups, forget_failures, only_one, published_copy, put_aside, read_settings, write_page
+from lewel.experiments import (adopt, check_data, evaluation_groups, forget_failures, only_one, published_copy,
+                               put_aside, read_settings, write_page)
 from lewel.results import compare_records, read_records
 
 def main():

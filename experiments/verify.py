@@ -1,4 +1,6 @@
-"Make every table and figure of the scales again, from the records alone and by the notebooks as they are now, and all that the README shows or quotes of them; fail on any difference, on a dead link of their pages, on a page that would be written differently now, and on a record whose id does not fit what it says."
+"""Make every table and figure of the scales again, from the records alone and by the notebooks as they are now,
+and all that the README shows or quotes of them; fail on any difference, on a dead link of their pages,
+on a page that would be written differently now, and on a record whose id does not fit what it says."""
 import runpy, sys
 from pathlib import Path
 from lewel.experiments import altered, verify, verify_readme

@@ -146,7 +146,8 @@ class CoupledHead(nn.Module):
             if groups < 1 or n % groups:
                 raise UserError(f"groups={groups} does not divide the {n} {what}; choose a divisor of both {channels} and {dim}")
         if not scale > 0: raise UserError(f"scale={scale} must be positive")
-        self.groups, self.scale, self.normalize, self.aggregation = groups, scale, normalize, check_choice("aggregation", aggregation, aggregations)
+        self.groups, self.scale, self.normalize, self.aggregation = (
+            groups, scale, normalize, check_choice("aggregation", aggregation, aggregations))
         self.g, self.p = (Head(channels, hidden_dim, dim, norm) for _ in range(2))
         self.g_maps = None if coupled else Head(channels, hidden_dim, dim, norm)
 

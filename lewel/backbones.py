@@ -21,7 +21,8 @@ from .core import UserError, check_choice
 def init_weights(
     module:nn.Module, # initialized in place, with everything in it
 )->nn.Module: # `module`
-    "Kaiming normal (fan-out, ReLU gain) for convolutions and linear layers, 1 / 0 for norms, 0 for biases: as the authors initialize their networks."
+    """Kaiming normal (fan-out, ReLU gain) for convolutions and linear layers, 1 / 0 for norms, 0 for biases:
+    as the authors initialize their networks."""
     for m in module.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(m, nn.modules.batchnorm._BatchNorm): nn.init.ones_(m.weight)
@@ -55,7 +56,8 @@ def small_resnet(
     "The demo's backbone: a ResNet of four basic blocks for small images."
     w1, w2, w3, w4 = widths
     return init_weights(nn.Sequential(OrderedDict(
-        conv1=nn.Conv2d(3, w1, 5, stride=2, padding=2, bias=False), bn1=nn.BatchNorm2d(w1), relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, 2, 1),
+        conv1=nn.Conv2d(3, w1, 5, stride=2, padding=2, bias=False), bn1=nn.BatchNorm2d(w1),
+        relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, 2, 1),
         layer1=basic_block(w1, w1), layer2=basic_block(w1, w2, 2), layer3=basic_block(w2, w3, 2), layer4=basic_block(w3, w4))))
 
 # %% ../nbs/04_backbones.ipynb #24422e97
@@ -64,7 +66,8 @@ def num_features(
     backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
     size:int=64, # side of the square image it is shown, in pixels
 )->int: # C
-    "Channels of a backbone's feature map. Raises `UserError` if it cannot take the image, or what comes back is not a map, or one whose channels come last."
+    """Channels of a backbone's feature map.
+    Raises `UserError` if it cannot take the image, or what comes back is not a map, or one whose channels come last."""
     modes = [(m, m.training) for m in backbone.modules()]
     parameter = next(backbone.parameters(), torch.zeros(()))
     def shape_for(width):
@@ -80,8 +83,8 @@ def num_features(
     finally:
         for m, mode in modes: m.training = mode
     if not (isinstance(shape, tuple) and len(shape) == 4):
-        raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x height x width to a feature map B x C x H x W; it returned {shape}. "
-                        "Leave off its pooling and classifier.")
+        raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x height x width to a feature map "
+                        f"B x C x H x W; it returned {shape}. Leave off its pooling and classifier.")
     if shape[3] == wide[3] and shape[1:3] != wide[1:3]:
         raise UserError(f"backbone {type(backbone).__name__} gives {shape} for a square image and {wide} for one of "
                         "twice the width: channels must come second, so permute its output to B x C x H x W")

@@ -80,7 +80,7 @@ def pack_objects(
 @patch
 def target(self:BoxSet,
     i:int, # which
-)->dict: # boxes K x 4 float; labels K int64 from 0; crowd, difficult K bool; masks: a function, () -> K x H x W uint8, or None if there are none
+)->dict: # boxes K x 4 float; labels K int64 from 0; crowd, difficult K bool; masks: a function, () -> K x H x W uint8, None if none
     "The objects of image `i`; the tensors may be changed. Masks are drawn when they are asked for."
     o = self.objects[i]
     return {k: o[k].clone() for k in ("boxes", "labels", "crowd", "difficult")} | dict(masks=partial(draw_masks, o["shapes"], *o["size"]))
@@ -259,8 +259,8 @@ def open_voc(
             path, size = voc_image(folder, name)
             yield folder/"Annotations"/f"{name}.xml", path, size, voc_objects(folder/"Annotations"/f"{name}.xml", size)
     rows = list(read(split))
-    training = rows if split == "train" else read("train"
-        if len(folders) == 2 or (folders[0]/"ImageSets"/"Main"/"train.txt").is_file() else "trainval")
+    training = rows if split == "train" else read(
+        "train" if len(folders) == 2 or (folders[0]/"ImageSets"/"Main"/"train.txt").is_file() else "trainval")
     index = {name: k for k, name in enumerate(sorted({name for *_, found in training for name, *_ in found}))}
     objects = []
     for file, _, size, found in rows:
@@ -342,8 +342,8 @@ def coco_object(
     bbox = coco_field(entry, "bbox", where)
     try: x, y, width, height = map(float, bbox)
     except (TypeError, ValueError): raise UserError(f"{where}, bbox: {bbox} is not left, top, width, height: correct it") from None
-    return fit_box((x, y, x + width, y + height), size,
-                   f"{where}, bbox"), bool(entry.get("iscrowd", 0)), coco_shape(entry.get("segmentation"), size, where)
+    return (fit_box((x, y, x + width, y + height), size, f"{where}, bbox"), bool(entry.get("iscrowd", 0)),
+            coco_shape(entry.get("segmentation"), size, where))
 
 # %% ../nbs/23_boxes.ipynb #60dc5ae9
 def coco_classes(

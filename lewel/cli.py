@@ -50,10 +50,13 @@ def run_command(
     except KeyboardInterrupt: code, message = 130, "interrupted; what was saved before is kept, and the same command goes on from there"
     except NonFiniteLoss as e: code, message = 1, e
     except OSError as e:
-        code, message = 1, f"{e}{': free some space, then give the same command; what was saved before is kept' if e.errno == errno.ENOSPC else ''}"
+        code, message = 1, (
+            f"{e}"
+            f"{': free some space, then give the same command; what was saved before is kept' if e.errno == errno.ENOSPC else ''}")
     except Exception as e:
         if type(e).__name__ != "OutOfMemoryError": raise         # torch's, which is not imported here
-        code, message = 1, f"the GPU's memory is too small ({str(e).splitlines()[0]}): use a smaller batch, or --accumulate where the command has it"
+        code, message = 1, (f"the GPU's memory is too small ({str(e).splitlines()[0]}): use a smaller batch, or "
+                            "--accumulate where the command has it")
     if code == 2 and not first_on_node():
         time.sleep(5)      # most often all have met it, and torchrun ends the others when the first has said so
     together = isinstance(message, (Stopped, NonFiniteLoss)) or code == 130         # what all processes of torchrun meet at once
@@ -100,8 +103,8 @@ def add_dry_run(
 ):
     "The options of a dry run."
     parser.add_argument("--dry-run", action="store_true",
-        help="take two steps at full size on synthetic data and print parameters, multiply-adds, memory, time and what the whole run will cost; "
-             "needs neither data nor output folder")
+        help="take two steps at full size on synthetic data and print parameters, multiply-adds, memory, time and what "
+             "the whole run will cost; needs neither data nor output folder")
     parser.add_argument("--dry-batch", type=int, default=None, help=f"images in a step of a dry run; by default {batch}")
 
 def listed(

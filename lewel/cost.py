@@ -96,8 +96,8 @@ def method_counts(
     return parameters | dict(multiply_adds=products*r.batch_size//2, checkpoint_mb=(state_bytes + optimizer_bytes)/2**20)
 
 # %% ../nbs/29_cost.ipynb #e97321e9
-# of the paper's data sets
-CLASSES = dict(linear=1000, semi=1000, segmentation=21, detection=20, instance=80, instance_2x=80, instance_c4=80)
+CLASSES = dict( # of the paper's data sets
+    linear=1000, semi=1000, segmentation=21, detection=20, instance=80, instance_2x=80, instance_c4=80)
 
 def classes_of(
     name:str, # protocol
@@ -152,8 +152,9 @@ def _semi_on(net, classes, p):
     "A backbone and a classifier, both trained."
     return _linear_on(net, classes, p).requires_grad_(True)
 
-builders = dict(linear=_linear_on, semi=_semi_on, segmentation=FCN, detection=detector,
-                **dict.fromkeys(("instance", "instance_2x", "instance_c4"), instance_detector)) # protocol -> function of (backbone, classes, settings)
+builders = dict( # protocol -> function of (backbone, classes, settings)
+    linear=_linear_on, semi=_semi_on, segmentation=FCN, detection=detector,
+    **dict.fromkeys(("instance", "instance_2x", "instance_c4"), instance_detector))
 
 def _training_pass(name, model, images, p):
     "Forward and backward as a protocol does it."
@@ -340,8 +341,8 @@ def evaluate_briefly(
 
 # %% ../nbs/29_cost.ipynb #653d5520
 SUSTAINED = 6.4e12 # multiply-adds a second that one GPU keeps up: what the authors' log comes to
-# for pretraining, and labelled ones for evaluations
-IMAGES = dict(paper=1_281_167, imagenette=9_469, demo=SIZES["train"], smoke=SIZES["train"])
+IMAGES = dict( # for pretraining, and labelled ones for evaluations
+    paper=1_281_167, imagenette=9_469, demo=SIZES["train"], smoke=SIZES["train"])
 
 def gpu_hours(
     multiply_adds:float, # of the whole run
@@ -369,7 +370,7 @@ def method_cost(
     images:int=IMAGES["paper"], # to pretrain on
     accumulate:int=1, # parts in which a batch goes through the network
     compile:bool=False, # see `lewel.pretrain.compile_networks`
-)->dict: # `method_counts`, `measured`, kind, batch, batch_size, device, precision; of the whole run: steps, total; of a step taken: measured_multiply_adds; mb_per_image, if the batch can be halved
+)->dict: # `method_counts`, `take_twice`, kind, batch, batch_size, device, precision; the run's steps, total; measured_multiply_adds taken
     "Count a recipe and take a few steps of it, in a process of its own, and of half the batch in another. Raises `UserError`."
     device, counts, r = pick_device(device), method_counts(recipe), recipe
     batch = batch or min(8 if device.type == "cpu" else 128, r.batch_size)
@@ -413,8 +414,9 @@ def protocol_cost(
     if batch < 1 or steps < 2: raise UserError(f"{steps} steps of {batch} images: at least 2 steps of 1 image are needed")
     counts, largest = (protocol_counts(name, preset, backbone, size, l) for l in (False, True))
     products, images = counts["multiply_adds"], training_images(name, p, IMAGES[preset])
-    about = dict(kind="evaluation", batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size), total=images*products, device=device.type,
-                 precision="float32", multiply_adds=products*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch)
+    about = dict(kind="evaluation", batch=batch, batch_size=p.batch_size, steps=round(images/p.batch_size),
+                 total=images*products, device=device.type, precision="float32",
+                 multiply_adds=products*p.batch_size, measured_multiply_adds=largest["multiply_adds"]*batch)
     taken = take_twice(lambda n: fresh("evaluate_briefly", name, preset, backbone, size, n, steps, device), batch,
                        batch//2, 2 if crops else 1)
     return counts | about | taken
@@ -464,7 +466,9 @@ def cost_report(
         parameters=f"{c['trained']:,} trained of {c['parameters']:,}",
         counted=f"{number(products/1e12)} T multiply-adds a step of {c['batch_size']} images, "
                 f"{number(products/c['batch_size']/1e9)} G an image",
-        memory=f"{c['memory_mb']:,.0f} MiB, measured at a batch of {c['batch']} ({c['device']}, {c['precision']}){base}", **_memory_lines(c),
+        memory=f"{c['memory_mb']:,.0f} MiB, measured at a batch of {c['batch']} "
+               f"({c['device']}, {c['precision']}){base}",
+        **_memory_lines(c),
         time=f"{duration(c['seconds'])}, measured, a step of {c['batch']} with {number(taken/1e12)} T multiply-adds; "
              f"a step of {c['batch_size']} is {duration(step)}, extrapolated by multiply-adds",
         here=f"{c['steps']:,} steps: {duration(step*c['total']/products)} on this machine, extrapolated",
@@ -548,8 +552,8 @@ def torchrun(
     "The command that trains a run on several GPUs."
     s, base = settings, get_recipe(name, settings.scale)
     if s.scale not in GPUS: return ""
-    options = {k: v for k, v in (dict(device=s.device, workers=s.workers,
-                                      max_minutes=s.max_minutes) | options).items() if v not in ("auto", 0)}
+    options = {k: v for k, v in (dict(device=s.device, workers=s.workers, max_minutes=s.max_minutes) | options).items()
+               if v not in ("auto", 0)}
     changed = {f.name: getattr(recipe, f.name) for f in fields(Recipe) if getattr(recipe, f.name) != getattr(base, f.name)}
     of_method = {k: v for k, v in changed.pop("options", {}).items() if v != base.options.get(k)}
     words = [f"torchrun --standalone --nproc-per-node {GPUS[s.scale]} -m lewel.pretrain --scale {s.scale} --method {name}"]
@@ -563,7 +567,7 @@ MINUTES = dict(imagenette=dict(byol=54, mocov2=58)) # scale -> method -> what su
 def run_plan(
     settings:Settings, # see `plan`
     seed:int,
-): # yields dicts: name, command, work (multiply-adds), kept (MiB of checkpoints), section (of the data); perhaps first (commands before it), minutes
+): # yields dicts: name, command, work (multiply-adds), kept (checkpoints, MiB), section (of data); maybe first (commands before), minutes
     "The runs of a seed: pretraining, and the supervised ceiling."
     s, where, runs = settings, data_plan(settings)["data"]["where"], f"results/{settings.scale}/runs"
     common = dict(seed=seed, data=where, workers=s.workers)
@@ -603,8 +607,8 @@ def evaluation_plan(
             command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'",
                           workers=s.workers, runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
             section = next(section for section in reversed(sections) if section == "data" and not end or section in names)
-            yield dict(name=f"{name} ({' '.join(names)})", command=command, work=evaluation_work(names, s.scale, r), kept=0, section=section,
-                       passing=max(map(state, names)))
+            yield dict(name=f"{name} ({' '.join(names)})", command=command, work=evaluation_work(names, s.scale, r),
+                       kept=0, section=section, passing=max(map(state, names)))
 
 # %% ../nbs/29_cost.ipynb #f6d53e04
 def ablation_plan(
@@ -621,7 +625,8 @@ def ablation_plan(
             command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data,
                           workers=s.workers, out=out)
             several = (torchrun(s, r.method, r, data, f"{out}/{run}", monitor_every=r.epochs) for run, r in runs.items())
-            yield dict(name=f"{name} ({len(runs)} runs)", command=command, first=[c for c in several if c], work=sum(map(work, runs.values())),
+            yield dict(name=f"{name} ({len(runs)} runs)", command=command, first=[c for c in several if c],
+                       work=sum(map(work, runs.values())),
                        kept=sum(2*method_counts(r)["checkpoint_mb"] for r in runs.values()), section="data")
 
 def condition_plan(
@@ -676,9 +681,10 @@ def _print_totals(rows, extra, needs, sustained):
     print("\nData:")
     for d in needs: print(f"  {d['name']}{_gigabytes(d['gb'])}: {'MISSING, ' + d['missing'] if d['missing'] else d['where']}")
     (hours, gb), (here, _), (more, more_gb) = map(_totals, (rows, [r for r in rows if not r["missing"]], extra))
-    print(f"\n{number(hours)} GPU-hours in all{' but the ablations' if extra else ''}, {number(here)} of them with data that is here. Estimated by "
-          f"multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second: arithmetic only. To decode images and to launch "
-          "kernels takes time as well. Training only, without the tests on the test sets.")
+    print(f"\n{number(hours)} GPU-hours in all{' but the ablations' if extra else ''}, {number(here)} of them with data "
+          f"that is here. Estimated by multiply-adds, assuming that a GPU sustains {sustained/1e12:g} T of them a second: "
+          "arithmetic only. To decode images and to launch kernels takes time as well. Training only, without the "
+          "tests on the test sets.")
     print(f"Disk: {number(gb)} GB of checkpoints (last.pt and best.pt of every run; evaluations keep none, their states of at most "
           f"{number(max(r['passing_gb'] for r in rows))} GB each are removed), {number(sum(d['gb'] for d in needs))} "
           "GB of data, as far as its size is known.")

@@ -100,10 +100,10 @@ def _opened(path):
     except Exception as e: raise UnreadableImage((str(e) or type(e).__name__).splitlines()[0]) from e
 
 def _turn(image):
-    "EXIF orientation, 1 to 8, from what precedes the pixels: Pillow would decode a PNG to look for it behind them, and has turned a TIFF already."
-    if image.format == "TIFF" or image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp",
-            "XML:com.adobe.xmp"} & image.info.keys():
-        return 1
+    """EXIF orientation, 1 to 8, from what precedes the pixels:
+    Pillow would decode a PNG to look for it behind them, and has turned a TIFF already."""
+    if (image.format == "TIFF" or image.format == "PNG" and
+        not {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()): return 1
     return image.getexif().get(0x112, 1)
 
 def _to_rgb(image):

@@ -16,7 +16,8 @@ from .core import UserError
 def feature_std(
     z:torch.Tensor, # N x d embeddings, any scale
 )->torch.Tensor: # scalar in [0, 1]
-    "Standard deviation of l2-normalized embeddings, averaged over dimensions, times sqrt(d): 1 if isotropic, 0 if collapsed. No device sync."
+    """Standard deviation of l2-normalized embeddings, averaged over dimensions, times sqrt(d):
+    1 if isotropic, 0 if collapsed. No device sync."""
     return F.normalize(z.float(), dim=1).std(0, correction=0).mean()*z.shape[1]**0.5
 
 # %% ../nbs/11_diagnostics.ipynb #c817a250
@@ -30,9 +31,10 @@ def mean_cosine(
 # %% ../nbs/11_diagnostics.ipynb #3323d6f5
 def effective_rank(
     z:torch.Tensor, # N x d embeddings
-)->torch.Tensor: # scalar from 1 to min(N - 1, d)
+)->torch.Tensor: # scalar from 1 to min(N - 1, d); NaN where an embedding is not finite
     "Effective rank of the centered embeddings (Roy & Vetterli 2007). On CUDA the SVD itself waits for the device."
     z = z.float()
+    if not z.isfinite().all(): return z.new_tensor(math.nan)
     s = torch.linalg.svdvals(z - z.mean(0))
     s = s*(s > 10*torch.finfo(z.dtype).eps*z.norm())
     return torch.special.entr(s/s.sum().clamp_min(torch.finfo(z.dtype).tiny)).sum().exp()
@@ -41,7 +43,8 @@ def effective_rank(
 def map_entropy(
     maps:torch.Tensor, # B x d x H x W, each map sums to 1 over its H*W > 1 positions
 )->torch.Tensor: # scalar in [0, 1]
-    "Mean entropy of maps relative to the uniform map's: 1 if uniform, 0 if on one pixel. No device sync. Raises `UserError` for 1 x 1 maps."
+    """Mean entropy of maps relative to the uniform map's: 1 if uniform, 0 if on one pixel.
+    No device sync. Raises `UserError` for 1 x 1 maps."""
     positions = maps.shape[-2:].numel()
     if positions == 1:
         raise UserError("alignment maps have a single position, so there is nothing to choose between: "
@@ -52,9 +55,9 @@ def map_entropy(
 @torch.no_grad()
 def measure(
     z:torch.Tensor, # N x d embeddings of a batch
-    maps:torch.Tensor|None=None, # alignment maps, for a method that has them
+    maps:torch.Tensor|None=None, # B x d x H x W alignment maps, for a method that has them
 )->dict: # name -> scalar tensor on the device
-    "The diagnostics of one batch; `.item()` them where the numbers are wanted."
+    "The diagnostics of one batch; `.item()` them where the numbers are wanted. Raises `UserError` for 1 x 1 maps."
     stats = dict(feature_std=feature_std(z), mean_cosine=mean_cosine(z), effective_rank=effective_rank(z))
     return stats if maps is None else stats | dict(map_entropy=map_entropy(maps))
 

@@ -146,8 +146,8 @@ def check_value(
     if name == "device": check_device(what, value)
     if name == "results" and not Path(value).is_dir():
         raise UserError(f"{what}: there is no folder {value}; make reproduce makes the results of a scale")
-    if name == "data" and not notebook.startswith("figure") and value not in NAMED["data"] and not (value
-            and Path(value).expanduser().is_dir()):
+    if (name == "data" and not notebook.startswith("figure") and value not in NAMED["data"] and
+            not (value and Path(value).expanduser().is_dir())):
         raise UserError(f"{what}: there is no folder {value or '(nothing is named)'}; it may also be {' or '.join(NAMED['data'])}")
     if name == "factor":
         from lewel.paper import ablation_factors
@@ -238,8 +238,8 @@ def run_job(
     atomic_write(mark, reason or "done")
 
 # %% ../nbs/32_experiments.ipynb #c1e64b61
-# end of a job's mark -> folder of what it leaves
-MARKS = {".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"}
+MARKS = { # end of a job's mark -> folder of what it leaves
+    ".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"}
 
 def forget_failures(
     results, # folder of a scale
@@ -309,14 +309,17 @@ PAGE_ORDER = dict( # notebook -> (heading, tables, figures, what they are made f
     figure_architecture=("The method", (), ("architecture",), ()),
     table_linear=("Table 1. Linear and kNN classification", ("linear",), ("linear",), ("evaluations/",)),
     table_semi=("Table 2. Semi-supervised classification", ("semi",), ("semi",), ("evaluations/",)),
-    table_segmentation=("Table 3. Semantic segmentation", ("segmentation",), ("segmentation", "segmentation_predictions"), ("evaluations/",)),
+    table_segmentation=("Table 3. Semantic segmentation", ("segmentation",),
+                        ("segmentation", "segmentation_predictions"), ("evaluations/",)),
     table_detection=("Table 3. Object detection", ("detection",), ("detection", "detection_predictions"), ("evaluations/",)),
-    table_instance=("Table 4. Object detection and instance segmentation on COCO", ("instance",), ("instance", "instance_predictions"), ("evaluations/",)),
+    table_instance=("Table 4. Object detection and instance segmentation on COCO", ("instance",),
+                    ("instance", "instance_predictions"), ("evaluations/",)),
     table_ablations=("Table 5. Ablations", ("ablations",), ("ablations",), ("ablations/",)),
     table_cost=("Table 6. Cost", ("cost",), (), ("cost/record.json",)),
     figure_gains=("Gains over the baselines", (), ("gains",), ("evaluations/",)),
-    figure_conditions=("Other conditions: more seeds, longer training, other rates, smaller crops, larger and sharper maps", ("conditions",),
-                       ("conditions", "alignment_sharp", "object_weight"), ("conditions/", "evaluations/", "figures/alignment_sharp.npz")),
+    figure_conditions=("Other conditions: more seeds, longer training, other rates, smaller crops, larger and sharper maps",
+                       ("conditions",), ("conditions", "alignment_sharp", "object_weight"),
+                       ("conditions/", "evaluations/", "figures/alignment_sharp.npz")),
     figure_alignment=("Where LEWEL looks", (), ("alignment", "alignment_training", "curves"), ("runs/", "figures/alignment.npz")))
 
 # %% ../nbs/32_experiments.ipynb #6bbb6819

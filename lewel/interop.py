@@ -39,14 +39,16 @@ def official_names(
 
 # %% ../nbs/10_interop.ipynb #e5fdf38f
 numpy_numbers = [np.dtype, *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.bool_)),
-                 *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))] # what their pickles name
+                 *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+                   for core in ("core", "_core"))] # what their pickles name
 
 def _foreign(path)->str: # the reason why a file is refused
     "What a file names that is neither a tensor nor a plain value, and what to do about it."
     try: found = get_unsafe_globals_in_checkpoint(path)
     except Exception: found = []               # damaged, or as torch saved it before 1.6
     if not found: return "it holds more than tensors and plain values, is damaged, or is no weight file at all"
-    return (f"it holds more than tensors and plain values: {', '.join(sorted(found))}. If you trust where it comes from, for this runs its code, "
+    return (f"it holds more than tensors and plain values: {', '.join(sorted(found))}. "
+            "If you trust where it comes from, for this runs its code, "
             "save its state dict alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
 
 def read_weights(
@@ -82,7 +84,7 @@ def is_checkpoint(
     return isinstance(content, dict) and {"format", "recipe", "method"} <= content.keys()
 
 def state_tensors(
-    content, # of a weight file: a state dict, a dict with one under "state_dict", or a checkpoint of ours, of which the online network is taken
+    content, # of a weight file: a state dict, a dict with one under "state_dict", or our checkpoint: its online network
     what="the weights", # how a message calls it
 )->dict: # name -> tensor, names without data parallel's "module."
     "The state dict in a file's content. Raises `UserError` if there is none."
@@ -157,7 +159,7 @@ def load_backbone(
     start, # folder of a finished run, a checkpoint of any run, a weight file, or "random"
     backbone=None, # name or module (filled in place) that a file or "random" is for; resnet50 by default; a run knows its own
     seed:int=0, # of "random", and of whatever is drawn later on
-)->tuple: # (backbone, dict: method, seed, size or None, builds_on; for a file also its name and fingerprint; for a checkpoint also its epochs)
+)->tuple: # (backbone, dict: method, seed, size or None, builds_on; a file's also file, fingerprint; a checkpoint's epochs)
     "A backbone to evaluate, in evaluation mode, and what a record should say about it. Raises `UserError`."
     info, file, content = dict(seed=seed, size=None, builds_on=[]), Path(start), None
     if file.is_dir(): return run_backbone(start, backbone)
@@ -281,7 +283,7 @@ def check_place(
 
 # %% ../nbs/10_interop.ipynb #e9b9c683
 def export_backbone(
-    method, # folder of a finished run, a checkpoint, a method (see `lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
+    method, # a finished run's folder, checkpoint, method (`lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
     path=None, # the file to write; in a run's folder by default, named after the checkpoint if that is given
     format:str="torchvision", # the library it is for, one of `export_formats`
 )->Path: # the file
@@ -332,7 +334,9 @@ def model_card(
     data, hardware, labels = r["data"], r["hardware"], "" if r["method"] == "supervised" else " without labels"
     folders = Path(run), Path(run).resolve().parent.parent/"evaluations"          # where `make reproduce` puts them
     judged = [e for folder in folders for e in read_records(folder) if e["kind"] == "evaluation" and r["id"] in e["builds_on"]]
-    lines = [f"# {file}", f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, pretrained with {r['method']}{labels}.",
+    lines = [f"# {file}",
+             f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, "
+             f"pretrained with {r['method']}{labels}.",
              "## Data", f"{data['name']}, {data['n']} images, fingerprint {data['fingerprint']}, {input_form}.",
              "## Recipe", bullets(r["recipe"]), "## Numbers", bullets(r["metrics"])]
     for e in judged: lines += [f"Evaluation `{e['id']}` on {e['data']['name']}, percent:", bullets(e["metrics"])]
@@ -351,7 +355,8 @@ def checkpoint_card(
     from lewel.checkpoint import load_checkpoint
     state = load_checkpoint(path)
     recipe, last = state["recipe"], dict(state["curve"][-1]) if state.get("curve") else {}
-    origin, done = f"The backbone in the checkpoint {Path(path).name}, for {format}", f"{epochs_done(state):.1f} of {recipe['epochs']} epochs"
+    origin, done = (f"The backbone in the checkpoint {Path(path).name}, for {format}",
+                    f"{epochs_done(state):.1f} of {recipe['epochs']} epochs")
     return "\n\n".join([
         f"# {file}", f"{origin}: {recipe['backbone']}, pretrained with {recipe['method']} without labels for {done}.",
         "## Data", f"{state.get('images') or 'Images'}, fingerprint {state.get('data')}, {input_form}.",

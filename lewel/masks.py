@@ -100,7 +100,8 @@ def subset(self:MaskSet,
 @patch
 def fingerprint(self:MaskSet)->str: # 16 hex digits
     "SHA-256 over images, masks and classes; files count by path and size."
-    masks = self.masks.numpy().tobytes() if torch.is_tensor(self.masks) else "".join(f"{m.name}\t{m.stat().st_size}\n" for m in self.masks).encode()
+    masks = (self.masks.numpy().tobytes() if torch.is_tensor(self.masks)
+             else "".join(f"{m.name}\t{m.stat().st_size}\n" for m in self.masks).encode())
     return hashlib.sha256(f"{self.images.fingerprint()} {self.classes}\n".encode() + masks).hexdigest()[:16]
 
 # %% ../nbs/21_masks.ipynb #cd6e08de
@@ -200,7 +201,8 @@ def sbd_masks(
     from torchvision.datasets import SBDataset
     found = next((root/f for f in ("sbd", "SBD", "benchmark_RELEASE/dataset") if (root/f/"cls").is_dir()), None)
     try:
-        return {Path(m).stem: Path(m) for split in ("train", "val") for m in SBDataset(found, split, "segmentation").masks} if found else {}
+        return {Path(m).stem: Path(m) for split in ("train", "val")
+                for m in SBDataset(found, split, "segmentation").masks} if found else {}
     except FileNotFoundError as e:
         raise UserError(f"{e.filename} is missing: unpack SBD again, or remove {found} to train without it") from None
 

@@ -87,7 +87,8 @@ paper_recipes = dict(
     lewel_m=Recipe("lewel_m", **_moco),
     byol=Recipe("byol", batch_size=512, epochs=200, warmup_epochs=5, lr=1.8, weight_decay=1e-6, precision="float16"),
     lewel_b=Recipe("lewel_b", batch_size=1024, epochs=200, warmup_epochs=10, lr=3.6, weight_decay=1.5e-6, precision="float16"),
-    lewel_b_syncbn=Recipe("lewel_b", batch_size=4096, epochs=400, warmup_epochs=10, lr=7.2, weight_decay=1e-6, adapt_head_norms=True, precision="float16",
+    lewel_b_syncbn=Recipe("lewel_b", batch_size=4096, epochs=400, warmup_epochs=10, lr=7.2, weight_decay=1e-6,
+                          adapt_head_norms=True, precision="float16",
                           options=dict(target_norm="params", base_momentum=0.996)))
 
 # %% ../nbs/12_paper.ipynb #d91590f4
@@ -99,8 +100,8 @@ _demo = dict(backbone="small", size=64, batch_size=64, epochs=14, warmup_epochs=
              view_options=dict(area=[0.5, 1.], flip=0.))
 _demo_byol = dict(dim=64, hidden_dim=256, base_momentum=0.98, target_norm="params", predictor_init="torch")
 _demo_moco = dict(dim=64, base_momentum=0.98, queue_size=1024, temperature=0.2, symmetric=True, target_norm="params")
-_demo_byol_training, _demo_moco_training = dict(views="mocov2", optimizer="sgd", lr=0.1), dict(optimizer="adamw",
-    lr=2e-3, weight_decay=0.01)
+_demo_byol_training, _demo_moco_training = (dict(views="mocov2", optimizer="sgd", lr=0.1),
+                                            dict(optimizer="adamw", lr=2e-3, weight_decay=0.01))
 _smoke = dict(size=32, batch_size=16, epochs=2, warmup_epochs=0)
 
 def _four(byol, moco, byol_training={}, moco_training={}, **shared):
@@ -129,8 +130,8 @@ def recipe_name(
     recipe:Recipe, # of any seed
 )->str: # such as "lewel_b_syncbn"
     "The name of a recipe; of one that is not among `recipes`, its method's."
-    return next((name for at_scale in recipes.values()
-                 for name, r in at_scale.items() if r.changed(seed=recipe.seed) == recipe), recipe.method)
+    return next((name for at_scale in recipes.values() for name, r in at_scale.items()
+                 if r.changed(seed=recipe.seed) == recipe), recipe.method)
 
 # %% ../nbs/12_paper.ipynb #83d01dd3
 _baseline = dict(lewel_m="mocov2", lewel_b="byol") # of a LEWEL method
@@ -143,8 +144,11 @@ def ablation_factors(
     o = method_defaults[method] | get_recipe(method, scale).options
     vary = lambda name, *values: {f"{v:g}" if isinstance(v, (int, float)) else v: {name: v} for v in values}
     turn = lambda name, a, b: vary(name, *((a, b) if o[name] == a else (b, a)))
-    factors = {"head": {"coupled": dict(coupled=True), "separate": dict(coupled=False)}, "maps": vary("aggregation", "learned", "uniform", "random"),
-               "groups": vary("groups", 4, 1, 2, 8), "number of maps": vary("dim", o["dim"], o["dim"]//4, 4*o["dim"]), "scale s": vary("scale", 1, 0.3, 0.1, 0.03),
+    factors = {"head": {"coupled": dict(coupled=True), "separate": dict(coupled=False)},
+               "maps": vary("aggregation", "learned", "uniform", "random"),
+               "groups": vary("groups", 4, 1, 2, 8),
+               "number of maps": vary("dim", o["dim"], o["dim"]//4, 4*o["dim"]),
+               "scale s": vary("scale", 1, 0.3, 0.1, 0.03),
                "weight w": vary("global_weight", 0.5, 0, 0.25, 0.75, 1),
                "per-pixel norm": {"l2": dict(normalize=True), "none": dict(normalize=False)},
                "target": turn("target_norm", "params", "eman")}
@@ -163,8 +167,8 @@ def ablation_runs(
     if factor == "default": return {m: recipe(m) for m in (method, _baseline[method])}
     factors = ablation_factors(method, scale)
     values = list(factors[check_choice("factor", factor, ["default", *factors])].items())[1:]
-    return {f"{method}-{factor}-{label}".replace(" ",
-        "-"): recipe(method).changed(options=recipe(method).options | change) for label, change in values}
+    return {f"{method}-{factor}-{label}".replace(" ", "-"):
+            recipe(method).changed(options=recipe(method).options | change) for label, change in values}
 
 # %% ../nbs/12_paper.ipynb #ba4ba18c
 _maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform")}
@@ -213,7 +217,8 @@ def condition_recipe(
 
 def condition_runs()->list: # (folder, method, seed), each once
     "All runs of `conditions`: of a LEWEL method and of its baseline."
-    return list(dict.fromkeys((condition_folder(c, m), m, seed) for c, methods in conditions.items() for method, seeds in methods.items() for seed in seeds
+    return list(dict.fromkeys((condition_folder(c, m), m, seed) for c, methods in conditions.items()
+                              for method, seeds in methods.items() for seed in seeds
                               for m in (_baseline.get(method, method), method)))
 
 # %% ../nbs/12_paper.ipynb #0d8fefa6
@@ -255,7 +260,8 @@ def paper_value(
     "The published number: of the method as its authors trained it, else of its EMAN variant; of the SyncBN recipe at 400 epochs."
     if method == "lewel_b_syncbn": method, epochs = "lewel_b SyncBN", 400
     for name in method, f"{method} EMAN":
-        found = published[(published.method == name) & (published.epochs == epochs) & (published.task == task) & (published.metric == metric)]
+        found = published[(published.method == name) & (published.epochs == epochs) &
+                          (published.task == task) & (published.metric == metric)]
         if len(found): return found.value.item()
     return float("nan")
 

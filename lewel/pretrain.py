@@ -17,7 +17,8 @@ import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgSmoothLoss, CancelBackwardException, CancelEpochException, CancelStepException, CancelValidException, Learner, Recorder
+from fastai.learner import (AvgSmoothLoss, CancelBackwardException, CancelEpochException, CancelStepException,
+                            CancelValidException, Learner, Recorder)
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import nn
@@ -31,8 +32,10 @@ from .interop import start_from
 from .methods import Losses, Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
 from .paper import Recipe, get_recipe, recipe_name, views_of
-from .running import NonFiniteLoss, Stopped, announced, check_least, check_same, first_alone, forget_peak_memory, from_all_ranks, from_first_rank, held_output
-from .running import keep_freed_memory, local_device, maximum_over_ranks, noting_signals, peak_memory_mb, pick_progress, process_group, shared_fingerprint
+from .running import (NonFiniteLoss, Stopped, announced, check_least, check_same, first_alone,
+                           forget_peak_memory, from_all_ranks, from_first_rank, held_output)
+from .running import (keep_freed_memory, local_device, maximum_over_ranks, noting_signals, peak_memory_mb,
+                           pick_progress, process_group, shared_fingerprint)
 from .results import code_state, environment, read_record, run_id, write_curve, write_record
 from .target import average_over_ranks, local_statistics, world
 from .views import ViewLoader
@@ -42,7 +45,8 @@ def create_optimizer(
     method:Method, # to be trained
     recipe:Recipe, # which optimizer, and its settings
 )->torch.optim.Optimizer: # over the method's trainable parameters
-    "LARS with its exclusions; plain SGD with weight decay on everything, as MoCo's authors have it; or AdamW, for small sets and few steps."
+    """LARS with its exclusions; plain SGD with weight decay on everything, as MoCo's authors have it;
+    or AdamW, for small sets and few steps."""
     if recipe.optimizer == "lars":
         return LARS(lars_parameters(method, recipe.weight_decay, recipe.adapt_head_norms), recipe.lr, recipe.momentum)
     params = [p for p in method.parameters() if p.requires_grad]
@@ -52,9 +56,18 @@ def create_optimizer(
 # %% ../nbs/17_pretrain.ipynb #b718912a
 class Pretraining(Learner):
     "fastai's Learner over pairs of views; it can begin at any step, and work through each batch in parts."
-    def __init__(self, loader, method, optimizer, recipe, device, cbs, accumulate=1):
+    def __init__(self,
+        loader:ViewLoader, # of the two views
+        method:nn.Module, # see `lewel.methods`
+        optimizer:torch.optim.Optimizer, # of its trained parameters
+        recipe:Recipe, # see `lewel.paper`
+        device, # where it trains
+        cbs:list, # callbacks; `Steps`, `Precision` and `Curve` are needed
+        accumulate:int=1, # parts of a batch
+    ):
         wrapped = OptimWrapper(opt=optimizer)
-        super().__init__(DataLoaders(loader, [], device=device), method, loss_func=lambda out, indices: out.loss, opt_func=wrapped, lr=recipe.lr, default_cbs=False,
+        super().__init__(DataLoaders(loader, [], device=device), method, loss_func=lambda out, indices: out.loss,
+                         opt_func=wrapped, lr=recipe.lr, default_cbs=False,
                          cbs=[TrainEvalCallback(), Recorder(valid_metrics=False), *cbs])
         self.opt, self.recipe, self.loader, self.accumulate = wrapped, recipe, loader, accumulate
         self.recorder.smooth_loss = DeviceSmoothLoss()
@@ -130,7 +143,10 @@ class Steps(Callback):
 # %% ../nbs/17_pretrain.ipynb #b227ad18
 class Precision(Callback):
     "Autocast around the forward pass, and torch's loss scaling for float16."
-    def __init__(self, precision, device):
+    def __init__(self,
+        precision:str, # float32, bfloat16 or float16
+        device, # where the passes run
+    ):
         dtype, device_type = getattr(torch, precision), torch.device(device).type
         self.autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "float16")
@@ -139,8 +155,7 @@ class Precision(Callback):
 
     def before_step(self):
         if not self.scaler.is_enabled(): return
-        # unless the optimizer is called; to ask for the scale would wait for the device
-        self.learn.skipped_step = True
+        self.learn.skipped_step = True  # unless the optimizer is called; to ask for the scale would wait for the device
         called = self.opt.opt.register_step_post_hook(lambda *args: setattr(self.learn, "skipped_step", False))
         self.scaler.step(self.opt.opt)
         called.remove()
@@ -151,7 +166,10 @@ class Precision(Callback):
 class Curve(Callback):
     "Rows of losses, rates and diagnostics; progress lines; warnings that name a symptom."
     order = 55
-    def __init__(self, every=10, lines=True):
+    def __init__(self,
+        every:int=10, # steps between two rows
+        lines:bool=True, # print progress
+    ):
         self.every, self.lines, self.rows, self.pending, self.seconds, self.warned, self.first_step = every, lines, [], [], 0., set(), 0
 
     def before_fit(self): self.started, self.printed, self.first_step, self.seconds_before = time.time(), 0., self.learn.step, self.seconds
@@ -174,8 +192,9 @@ def flush(self:Curve):
     bad = (~losses.isfinite()).any(1).nonzero()
     if len(bad):
         step = first + bad[0].item()
-        raise NonFiniteLoss(f"the loss became {losses[bad[0].item(), 0].item()} at step {step} (epoch {step//len(self.loader) + 1}, step {step % len(self.loader)} in it); "
-                            "earlier checkpoints are kept: try a lower learning rate, a longer warm-up or precision float32")
+        raise NonFiniteLoss(f"the loss became {losses[bad[0].item(), 0].item()} at step {step} "
+                            f"(epoch {step//len(self.loader) + 1}, step {step % len(self.loader)} in it); earlier "
+                            "checkpoints are kept: try a lower learning rate, a longer warm-up or precision float32")
     means, step = losses.mean(0).tolist(), self.learn.step - 1
     self.rows.append(dict(step=step + 1, epoch=(step + 1)/len(self.loader), loss=means[0], global_loss=means[1], aligned_loss=means[2],
                           lr=self.opt.opt.param_groups[0]["lr"], momentum=self.model.momentum(step, self.total_steps),
@@ -204,7 +223,8 @@ def show(self:Curve):
     if not self.lines or (now - self.printed < 10 and self.learn.step < self.total_steps): return
     self.printed, done = now, self.learn.step - self.first_step
     loss, r = torch.stack(self.pending)[:, 0].mean().item() if self.pending else self.rows[-1]["loss"], self.recipe
-    print(f"{r.method} seed {r.seed} | epoch {self.learn.step/len(self.loader):.1f}/{r.epochs} | step {self.learn.step}/{self.total_steps} | loss {loss:.3f} | "
+    print(f"{r.method} seed {r.seed} | epoch {self.learn.step/len(self.loader):.1f}/{r.epochs} | "
+          f"step {self.learn.step}/{self.total_steps} | loss {loss:.3f} | "
           f"{pace(done, self.total_steps - self.learn.step, now, r.batch_size)}", flush=True)
 
 # %% ../nbs/17_pretrain.ipynb #a06a2fb9
@@ -234,7 +254,10 @@ def monitor_sets(
 class Monitor(Callback):
     "kNN accuracy (k = 20) after each `every` epochs and at the end, as a column of the curve."
     order = 56
-    def __init__(self, sets, every=1): self.sets, self.every, self.best, self.improved = sets, every, -1., False
+    def __init__(self,
+        sets:tuple, # images to vote, images to judge by, and what to call these: see `monitor_sets`
+        every:int=1, # epochs between two looks
+    ): self.sets, self.every, self.best, self.improved = sets, every, -1., False
 
     def after_epoch(self):
         self.improved = False
@@ -247,19 +270,28 @@ class Monitor(Callback):
         self.improved = top1 > self.best
         self.best = max(self.best, top1)
         if self.curve.lines:
-            print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | kNN "
-                  f"monitor {top1:.1f}%", flush=True)
+            print(f"{self.recipe.method} seed {self.recipe.seed} | epoch {self.epoch + 1}/{self.n_epoch} | "
+                  f"kNN monitor {top1:.1f}%", flush=True)
 
 # %% ../nbs/17_pretrain.ipynb #d0317d33
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
-    def __init__(self, out, fingerprint, builds_on, signals, precision, every_steps=None, every_minutes=5.):
+    def __init__(self,
+        out, # folder of the run
+        fingerprint:str, # of the images
+        builds_on, # ids of the runs that it starts from
+        signals:list, # those that were noted: see `noting_signals`
+        precision:Precision, # whose loss scale is kept
+        every_steps:int|None=None, # steps between two saves, beside those by the clock
+        every_minutes:float=5., # minutes between two saves
+    ):
         self.out, self.fingerprint, self.builds_on, self.signals, self.precision = Path(out), fingerprint, builds_on, signals, precision
         self.every_steps, self.every_minutes, self.saved, self.git = every_steps, every_minutes, time.time(), code_state()
 
     def save(self, *names, epoch):
-        "Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond; an epoch is whole when it has been monitored."
+        """Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond;
+        an epoch is whole when it has been monitored."""
         curve = self.learn.curve
         curve.flush()
         kept = [*self.model.state_dict().values(), *(v for s in self.opt.opt.state.values() for v in s.values() if torch.is_tensor(v))]
@@ -272,9 +304,11 @@ class Checkpoints(Callback):
         if world()[0]: return
         best = self.monitor.best if hasattr(self.learn, "monitor") else -1.
         for name in names:
-            save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader), self.model, self.opt.opt, self.precision.scaler,
-                            data=self.fingerprint, images=self.loader.images.name, builds_on=self.builds_on, accumulate=self.learn.accumulate, git=self.git,
-                            curve=curve.rows, seconds=curve.seconds, warned=sorted(curve.warned), best=best, skipped=list(skipped))
+            save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader),
+                            self.model, self.opt.opt, self.precision.scaler, data=self.fingerprint,
+                            images=self.loader.images.name, builds_on=self.builds_on,
+                            accumulate=self.learn.accumulate, git=self.git, curve=curve.rows, seconds=curve.seconds,
+                            warned=sorted(curve.warned), best=best, skipped=list(skipped))
         write_curve(self.out, curve.rows)
 
     def after_batch(self):
@@ -313,7 +347,11 @@ def load(self:Checkpoints,
 class Snapshots(Callback):
     "Keeps the online network's weights in `snapshots/`, evenly spread over the epochs, as EPOCH.pt."
     order = 61
-    def __init__(self, out, epochs, n):
+    def __init__(self,
+        out, # folder of the run
+        epochs:int, # of the run
+        n:int, # how many are kept, the first before training
+    ):
         self.folder, self.at = Path(out)/"snapshots", {round(e) for e in torch.linspace(0, epochs, n).tolist()}
 
     def keep(self, epoch):
@@ -340,8 +378,8 @@ def check_positions(
     if method.aligned_criterion is None: return
     with frozen(method): maps = method.alignment_maps(torch.zeros(1, 3, size, size))
     if maps.shape[-1]*maps.shape[-2] == 1:
-        raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; use a "
-                        "larger size or another backbone")
+        raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; "
+                        "use a larger size or another backbone")
 
 def open_pair(
     data, # as for `pretrain`
@@ -390,7 +428,8 @@ def pretrain_record(
     monitored = [row["knn_top1"] for row in rows if "knn_top1" in row]
     if monitored: metrics |= dict(monitor_knn_top1=monitored[-1], monitor_knn_top1_best=max(monitored))
     data = dict(name=images.name, n=images.readable, fingerprint=fingerprint, skipped=sorted(images.skipped))
-    record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r), metrics=metrics, data=data, seconds=learn.curve.seconds,
+    record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r),
+                  metrics=metrics, data=data, seconds=learn.curve.seconds,
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds,
                   peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate,
                   compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
@@ -433,7 +472,8 @@ def check_space(
         # the optimizer has a momentum for each
         need = 3*(size(method.state_dict().values()) + size(p for p in method.parameters() if p.requires_grad))
         room = shutil.disk_usage(out).free + sum(f.stat().st_size for f in (out/"last.pt", out/"best.pt") if f.exists())
-        return f"{out} has room for {room/1e6:,.0f} MB, and the checkpoints take up to {need/1e6:,.0f}: free some space, or choose another output folder" if room < need else None
+        return (f"{out} has room for {room/1e6:,.0f} MB, and the checkpoints take up to {need/1e6:,.0f}: "
+                "free some space, or choose another output folder") if room < need else None
     if refused := from_first_rank(refusal): raise UserError(refused)
 
 # %% ../nbs/17_pretrain.ipynb #23ce975f
@@ -442,9 +482,11 @@ def describe(
 )->str: # one line
     "What a training found, and what it is going to do."
     images, r, monitor = learn.loader.images, learn.recipe, getattr(learn, "monitor", None)
-    found = f"{images.name}: {len(images):,} images{', read from files' if hasattr(images, 'root') else ''}, " + (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels")
+    found = (f"{images.name}: {len(images):,} images{', read from files' if hasattr(images, 'root') else ''}, " +
+             (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels"))
     judged = f"kNN monitor: {len(monitor.sets[1]):,} {monitor.sets[2]}" if monitor else "no kNN monitor"
-    return f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, {r.batch_size} images each, {r.size} px, lr {r.lr:g}, on {learn.dls.device} | {judged}"
+    return (f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, "
+            f"{r.batch_size} images each, {r.size} px, lr {r.lr:g}, on {learn.dls.device} | {judged}")
 
 # %% ../nbs/17_pretrain.ipynb #28c242dd
 def train(
@@ -511,7 +553,8 @@ def pretrain(
     start=None, # weight file to start from, see `lewel.interop.start_from`; None: fresh weights
     compile:bool=False, # see `compile_networks`
 )->dict: # the run's record
-    "Pretrain a method on images, in all processes of torchrun if it was started by it. Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."
+    """Pretrain a method on images, in all processes of torchrun if it was started by it.
+    Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."""
     out, device, progress = Path(out), local_device(device), pick_progress(progress)
     check_least(workers=(workers, 0), log_every=(1 if log_every is None else log_every, 1), save_every=(save_every or 0, 0),
                 monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
@@ -532,15 +575,14 @@ def pretrain(
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
         sets = monitor_sets(images, val) if monitor_every else None
-        precision, curve = Precision(recipe.precision,
-                                     device), Curve(log_every or steps_between_rows(recipe.epochs*len(loader)),
-                                                    progress == "lines")
+        precision, curve = (Precision(recipe.precision, device),
+                            Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines"))
         asked_for = [*([Monitor(sets, monitor_every)] if sets else []),
                      *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []),
                      *([Bars()] if progress == "bars" else [])]
         with held_output(out), noting_signals() as signals:
-            callbacks = [Steps(), precision, curve, Checkpoints(out, fingerprint, builds_on, signals, precision,
-                save_every), *asked_for, *cbs]
+            callbacks = [Steps(), precision, curve,
+                         Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *asked_for, *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             check_space(out, method)
             train(learn, progress)
@@ -548,9 +590,11 @@ def pretrain(
 
 # %% ../nbs/17_pretrain.ipynb #31b0f0c3
 class StopAt(Callback):
-    "Ask training to stop after a step, as a signal would: for tests and time budgets."
+    "Ask training to stop after a step, as a signal would: for tests."
     order = 59
-    def __init__(self, step): self.at = step
+    def __init__(self,
+        step:int, # after how many steps
+    ): self.at = step
     def after_batch(self):
         if self.learn.step == self.at: self.checkpoints.signals.append(signal.SIGTERM)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from .core import check_choice, read_failures
-from .results import OVER_RANDOM, TABLES, compare_with_anchor, conclude, gain_table, judged_on, make_table, read_records, scale_note, write_table
+from .results import (OVER_RANDOM, TABLES, compare_with_anchor, conclude, gain_table, judged_on, make_table,
+                           read_records, scale_note, write_table)
 from .visualize import plot_table, save_figure
 
 # %% ../nbs/34_report.ipynb #3347c4c8

@@ -325,7 +325,8 @@ def gain_table(
     name:str, # one of `TABLES`
     pairs:dict=PAIRS, # method -> what it is compared with
 )->pd.DataFrame: # method, baseline, metric, n, mean, low and high (of the interval), gains (seed by seed)
-    "Gains in points, by default LEWEL's over its baselines, of the seeds that both have. Raises `UserError` for two runs with the same seed."
+    """Gains in points, by default LEWEL's over its baselines, of the seeds that both have.
+    Raises `UserError` for two runs with the same seed."""
     rows = []
     for method, baseline in pairs.items():
         for metric, label in TABLES[check_choice("table", name, TABLES)].items():

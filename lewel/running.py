@@ -22,7 +22,10 @@ from .target import world
 # %% ../nbs/15_running.ipynb #7a548f13
 class Stopped(Exception):
     "Training was asked to stop, and has saved its state."
-    def __init__(self, signum, path):
+    def __init__(self,
+        signum:int, # the signal
+        path, # what was saved
+    ):
         by = "the end of its time budget" if signum == signal.SIGALRM else signal.Signals(signum).name
         super().__init__(f"stopped by {by}; saved {path}: the same command goes on from there")
         self.exit_code = 128 + signum
@@ -32,7 +35,8 @@ overdue = [] # SIGALRM, when the time budget of this process is used up
 def time_budget(
     minutes:float, # from now; 0: no limit
 ):
-    "Limit the time of this process: what trains in it then saves its state and raises `Stopped`. Only from the main thread. Raises `UserError` for less than 0."
+    """Limit the time of this process: what trains in it then saves its state and raises `Stopped`.
+    Only from the main thread. Raises `UserError` for less than 0."""
     if not minutes >= 0: raise UserError(f"max_minutes={minutes!r} must be at least 0")
     overdue.clear()
     if threading.current_thread() is not threading.main_thread():
@@ -43,7 +47,8 @@ def time_budget(
 
 @contextmanager
 def noting_signals():
-    "Within it, SIGTERM, SIGINT and SIGALRM are only noted: yields the list they are put into. In other threads than the main one it does nothing."
+    """Within it, SIGTERM, SIGINT and SIGALRM are only noted: yields the list they are put into.
+    In other threads than the main one it does nothing."""
     noted = list(overdue)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
     def note(signum, frame):
@@ -149,7 +154,8 @@ def shared_fingerprint(
     images:ImageSet, # of this process
     everyone:bool, # whether each process takes its own; else the first of each node does, and nodes are compared
 )->str: # see `lewel.data`
-    "The fingerprint of the images, for which every file has to be looked at. Raises `UserError`, in all processes, unless all have the same."
+    """The fingerprint of the images, for which every file has to be looked at.
+    Raises `UserError`, in all processes, unless all have the same."""
     mine = images.fingerprint() if everyone or first_of_node() else None
     fingerprint = from_all_ranks(mine)[0]
     check_same("images", mine or fingerprint)

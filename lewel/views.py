@@ -372,7 +372,8 @@ def apply_views(
 
 # %% ../nbs/03_views.ipynb #759a3f6f
 class ViewLoader:
-    "Batches of two views for `epoch`, from step `start` on: set either before iterating; `start` counts for the next iteration only. An incomplete last batch is dropped."
+    """Batches of two views for `epoch`, from step `start` on: set either before iterating;
+    `start` counts for the next iteration only. An incomplete last batch is dropped."""
     def __init__(self,
         images:MemorySet|FolderSet, # the former is moved to `device`
         recipes:tuple, # (ViewRecipe, ViewRecipe)
@@ -476,8 +477,9 @@ def open_stream(self:ViewLoader,
     asked = [(self.epoch, share) for share in range(first, len(self)*self.shares, self.world_size)]
     later = ((epoch, share) for epoch in range(self.epoch + 1, self.epochs)
              for share in range(self.rank, len(self)*self.shares, self.world_size))
-    return iter(DataLoader(StreamedSteps(self.images, self.recipes, self.share, self.seed), batch_size=None, sampler=itertools.chain(asked, later), num_workers=self.workers,
-                           collate_fn=noop, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+    return iter(DataLoader(StreamedSteps(self.images, self.recipes, self.share, self.seed), batch_size=None,
+                           sampler=itertools.chain(asked, later), num_workers=self.workers, collate_fn=noop,
+                           pin_memory=self.device.type == "cuda", generator=torch.Generator(),
                            worker_init_fn=outlive_signals))
 
 @patch

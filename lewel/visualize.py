@@ -105,7 +105,8 @@ def pick_maps(
     maps:torch.Tensor, # B x d x H x W, each sums to 1
     n:int, # how many, at most d
 )->list: # n indices of maps, the most selective first
-    "Selective maps that differ from each other: greedily, by cosine, from the quarter with the lowest mean entropy. Raises `UserError` if there are fewer than `n`."
+    """Selective maps that differ from each other: greedily, by cosine, from the quarter with the lowest mean entropy.
+    Raises `UserError` if there are fewer than `n`."""
     B, d, h, w = maps.shape
     if not 1 <= n <= d: raise UserError(f"{n} maps asked for: this method has {d}, choose a number from 1 to {d}")
     maps = maps.detach().cpu().double().flatten(2)
@@ -195,7 +196,7 @@ def gather_maps(
     view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # another view of the same images
     n_maps:int=4, # how many, see `pick_maps`
-)->dict: # arrays: run (its id), epochs (S), names (n), view1 and view2 (B x 3 x height x width, uint8), maps1 and maps2 (S x B x n x H x W, float32)
+)->dict: # arrays: run (id), epochs (S), names (n), view1, view2 (B x 3 x height x width, uint8), maps1, maps2 (S x B x n x H x W, float32)
     "Alignment maps at each snapshot of a run. Raises `UserError` if there are none."
     epochs, at = zip(*((epoch, maps_of(method, view1, view2)) for epoch, method in snapshots(run)))
     names = pick_maps(torch.cat(at[-1]), n_maps)
@@ -227,7 +228,7 @@ def show_training(
 def map_agreement(
     maps1:torch.Tensor, # B x n x H x W, of one view of each image
     maps2:torch.Tensor, # of another view, the same maps
-)->pd.DataFrame: # a row for each map: same_image and different_images, correlations; place_alone, the part of the variance over positions that is a preference for a place
+)->pd.DataFrame: # a row per map: correlations same_image, different_images; place_alone, share of variance over positions due to the place
     "Whether maps find the same in two views of an image."
     one, two = (m.flatten(2).transpose(0, 1) for m in (maps1, maps2))           # n x B x positions
     def correlation(a, b):
@@ -284,8 +285,8 @@ def plot_curves(
     if "map_entropy" in runs: runs["map_entropy"] = 100*(1 - runs["map_entropy"])
     columns = [c for c in columns if c in runs and runs[c].notna().any()]
     if not columns: raise UserError(f"none of the {len(curves)} curves has anything to show: choose columns that their curve.csv has")
-    colors, families = method_colors(runs["method"]), [f
-        for _, f in runs.groupby(runs["method"].map(lambda m: PAIRS.get(m, m)), sort=False)]
+    colors, families = method_colors(runs["method"]), [
+        f for _, f in runs.groupby(runs["method"].map(lambda m: PAIRS.get(m, m)), sort=False)]
     fig, axes = new_figure(len(families), len(columns), width=max(3, 2.2*len(columns)), height=.6 + 1.7*len(families), sharex="row")
     for family, row in zip(families, axes):
         for ax, column in zip(row, columns):
@@ -331,9 +332,9 @@ def plot_table(
     return finish(fig, caption, "Point and bar: mean and one sample standard deviation over n seeds.")
 
 # %% ../nbs/28_visualize.ipynb #dba488d6
-# metric -> column of `published_gains`
-CLAIMS = {"linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised",
-          "mIoU": "voc_segmentation", "AP": "voc_detection"}
+CLAIMS = { # metric -> column of `published_gains`
+    "linear top-1": "linear", "1% top-1": "semi_supervised", "10% top-1": "semi_supervised",
+    "mIoU": "voc_segmentation", "AP": "voc_detection"}
 
 def _seeds_of(rows):
     "How many seeds the gains of a metric have, of all pairs."
@@ -349,8 +350,8 @@ def plot_gains(
     gains = gains[gains.metric.isin(CLAIMS)]
     pairs, metrics = [m for m in PAIRS if m in set(gains.method)], [m for m in CLAIMS if m in set(gains.metric)]
     if not pairs: raise UserError("there is no gain to plot: evaluate a LEWEL method and its baseline with the same seed")
-    seen = [float(x) for g in gains.gains for x in g.split()] + [published_gains.loc[r.baseline, CLAIMS[r.metric]]
-        for r in gains.itertuples()]
+    seen = ([float(x) for g in gains.gains for x in g.split()] +
+            [published_gains.loc[r.baseline, CLAIMS[r.metric]] for r in gains.itertuples()])
     widest = np.nan_to_num(gains[["low", "high"]].abs().max(axis=None))      # no interval: one seed
     # the interval of two seeds may be far wider: it is cut off, and the cut marked
     reach = min(max(1.05*widest, 1.5*max(map(abs, seen))), 3*max(map(abs, seen)))
@@ -404,9 +405,9 @@ def plot_ablations(
         ax.set_xticks(range(len(values)), values)
     for ax in axes.flat[len(factors):]: ax.remove()
     for row in axes: row[0].set_ylabel(f"{metric}, %")
-    marks = [dict(marker="o", ls="", ms=4, color=method_colors([m])[m], label=m)
-             for m in PAIRS] + [dict(ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m])
-                                for m in PAIRS] + [dict(marker="o", ls="", ms=7, mfc="none", mec=".2", mew=.8, label="default")]
+    marks = ([dict(marker="o", ls="", ms=4, color=method_colors([m])[m], label=m) for m in PAIRS] +
+             [dict(ls="--", lw=.8, color=method_colors([m])[m], label=PAIRS[m]) for m in PAIRS] +
+             [dict(marker="o", ls="", ms=7, mfc="none", mec=".2", mew=.8, label="default")])
     fig.legend(handles=[Line2D([], [], **m) for m in marks], loc="outside lower center", ncols=5, frameon=False)
     return finish(fig, f"{caption} Point and bar, line and band: mean and one sample standard deviation over seeds.".strip())
 
@@ -474,7 +475,8 @@ def draw_network(ax, y, up, prime):
     return top, mid, low
 
 def draw_ends(ax, paths, middle, up, text, stopped):
-    "From a network's embeddings, through what BYOL or MoCo v2 adds, to the losses at the height `middle`; two strokes where no gradient passes."
+    """From a network's embeddings, through what BYOL or MoCo v2 adds, to the losses at the height `middle`;
+    two strokes where no gradient passes."""
     for y, start, x, color, stroke in (paths[0], 130, 198, BASE, 145), (paths[2], 156.4, 183, ADDED, 158.4):
         draw_line(ax, color, (start, y), (161, y)); draw_box(ax, 167.5, y, text, color, 13, line="--", size=6.3)
         draw_line(ax, color, (174, y), (x, y), (x, middle + 4*up))

@@ -11,9 +11,10 @@ def readme(
     nb.cells = [c for c in nb.cells if not c.source.startswith(("#| hide\n", "#| default_exp"))]
     for c in nb.cells:
         if c.source.startswith("#| hide_input"):
-            c.cell_type, c.source, outputs = "markdown", "", c.pop("outputs"); c.source = outputs[0]["data"]["text/markdown"]
-        elif c.cell_type == "code":
-            c.outputs = [o for o in c.outputs if o.output_type != "stream"]      # what is printed on the way is of no use to a reader
+            c.cell_type, c.source, outputs = "markdown", "", c.pop("outputs")
+            c.source = outputs[0]["data"]["text/markdown"]
+        elif c.cell_type == "code":         # what is printed on the way is of no use to a reader
+            c.outputs = [o for o in c.outputs if o.output_type != "stream"]
     nb.metadata["language_info"] = dict(name="python")
     text, _ = MarkdownExporter().from_notebook_node(nb)
     return text.replace("](../", "](").strip() + "\n"

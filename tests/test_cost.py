@@ -59,7 +59,8 @@ def test_dry_run_of_pretraining_at_full_size(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("pretrain", "--dry-run", "--scale", "paper", "--method", "mocov2", "--device", "cpu", "--dry-batch", 2)
     assert done.code == 0, done
-    for word in "resnet50, 224 px, 200 epochs of 1,281,167 images", "1,000,800 steps", "a step of 256 images", "measured at a batch of 2", f"assuming that a GPU sustains {SUSTAINED/1e12:g} T":
+    for word in ("resnet50, 224 px, 200 epochs of 1,281,167 images", "1,000,800 steps", "a step of 256 images",
+                 "measured at a batch of 2", f"assuming that a GPU sustains {SUSTAINED/1e12:g} T"):
         assert word in done.out, word
     assert not list(tmp_path.iterdir())
 
@@ -97,19 +98,23 @@ def test_plan_is_what_snakemake_would_do(tmp_path):
     env = dict(PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin", HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path),
                LEWEL_SCALE="smoke", LEWEL_SEEDS="2")
     said = subprocess.run(["snakemake", "--snakefile", root/"experiments/Snakefile", "--directory", tmp_path,
-                           "--cores", "1", "--nolock", "--dry-run", "--forceall", "--printshellcmds", "--resources",
-                           "gpu=1"], env=env, capture_output=True, text=True)
+                           "--cores", "1", "--nolock", "--dry-run", "--forceall", "--printshellcmds",
+                           "--resources", "gpu=1"], env=env, capture_output=True, text=True)
     jobs = {line[line.index("python experiments/run.py"):]
             for line in (said.stdout + said.stderr).splitlines() if ".ipynb" in line and "python experiments/run.py" in line}
     rows = plan(read_settings(root/"settings.ini", scale="smoke", seeds=2))
     commands = {r["command"] for r in rows}
-    assert len(commands) == len(rows) and commands == {j
-        for j in jobs if not any(f"experiments/{kind}_" in j for kind in ("table", "figure"))}, said.stderr[-2000:]
+    assert len(commands) == len(rows), said.stderr[-2000:]
+    assert commands == {j for j in jobs if not any(f"experiments/{kind}_" in j
+                                                   for kind in ("table", "figure"))}, said.stderr[-2000:]
 
 def test_plan_of_the_paper_without_data(capsys):
     print_plan(Settings("paper", seeds=1, ablation_seeds=0))
     out = capsys.readouterr().out
-    for word in "lewel_b_syncbn-s0", "ImageNet-1k", "COCO 2017", "MISSING, set paper in [data]", "assuming that a GPU sustains", "instance_2x instance_c4", "torchrun --standalone --nproc-per-node 8 -m lewel.pretrain --scale paper --method lewel_b_syncbn", "With the ablations of one seed":
+    for word in ("lewel_b_syncbn-s0", "ImageNet-1k", "COCO 2017", "MISSING, set paper in [data]",
+                 "assuming that a GPU sustains", "instance_2x instance_c4",
+                 "torchrun --standalone --nproc-per-node 8 -m lewel.pretrain --scale paper --method lewel_b_syncbn",
+                 "With the ablations of one seed"):
         assert word in out, word
     with pytest.raises(ZeroDivisionError): plan(Settings("smoke"), sustained=0)
 

@@ -1,4 +1,5 @@
-"On a GPU: the images and losses of the CPU, steps that nobody waits in, all precisions, runs that move between the two, and every command. Skipped where there is none."
+"""On a GPU: the images and losses of the CPU, steps that nobody waits in, all precisions,
+runs that move between the two, and every command. Skipped where there is none."""
 from functools import partial
 import pytest, torch
 from conftest import draw
@@ -35,7 +36,8 @@ def exact():
 @pytest.mark.parametrize("method", ["byol", "mocov2"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_views(method, stream, tmp_path):
-    "Order, crops and colours are those of the CPU: to 1e-5 on average, and 0.02 at most (standardized values; a value at the edge of solarization may fall on either side)."
+    """Order, crops and colours are those of the CPU: to 1e-5 on average, and 0.02 at most
+    (standardized values; a value at the edge of solarization may fall on either side)."""
     views = views_of(get_recipe(method, "demo", size=48))
     source = open_folder(draw(tmp_path, 24, sizes=((60, 50), (50, 64)))) if stream else images()
     ours, theirs = (list(ViewLoader(source, views, 8, 3, d, workers=2*stream)) for d in (DEVICE, "cpu"))
@@ -77,7 +79,8 @@ class Reads(Callback):
 def strict_training(method, optimizer, accumulate=1, *more, source=None, workers=0):
     recipe = get_recipe(method, "smoke").changed(batch_size=8, epochs=1, optimizer=optimizer, precision="bfloat16")
     model = prepare_method(recipe).to(DEVICE, memory_format=torch.channels_last)
-    learn = Pretraining(make_loader(source or images(), recipe, DEVICE, workers, accumulate), model, create_optimizer(model, recipe), recipe, DEVICE,
+    learn = Pretraining(make_loader(source or images(), recipe, DEVICE, workers, accumulate), model,
+                        create_optimizer(model, recipe), recipe, DEVICE,
                         [Steps(), Precision(recipe.precision, DEVICE), Curve(1000, lines=False), Strict(), *more], accumulate)
     try:
         with learn.no_logging(): learn.fit(1)
@@ -101,7 +104,8 @@ def test_waiting_is_noticed():
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_precisions(method, tmp_path, monkeypatch):
-    "Losses of bfloat16 and float16 beside float32: the first, of the same weights, to 1%; the mean of the second half to 10% (float16 from a loss scale at which no step is skipped)."
+    """Losses of bfloat16 and float16 beside float32: the first, of the same weights, to 1%;
+    the mean of the second half to 10% (float16 from a loss scale at which no step is skipped)."""
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.**10))
     recipe = get_recipe(method, "smoke").changed(epochs=4, optimizer="sgd", lr=1e-3)
     for p in "float32", "bfloat16", "float16": train(recipe.changed(precision=p), tmp_path/p)
@@ -133,7 +137,8 @@ def test_commands(tmp_path, run):
     done = run("pretrain", *argv)
     assert done.code == 0, done.err
     record = read_record(tmp_path/"run")
-    assert record["hardware"]["device"] == torch.cuda.get_device_name() and 1 < record["peak_memory_mb"] < 4000 and "monitor_knn_top1" in record["metrics"]
+    assert record["hardware"]["device"] == torch.cuda.get_device_name()
+    assert 1 < record["peak_memory_mb"] < 4000 and "monitor_knn_top1" in record["metrics"]
     done = run("evaluate", tmp_path/"run", "--data", labelled, "--protocol", "knn,linear,semi", "--preset", "smoke",
                "--device", DEVICE, "--out", tmp_path/"evaluated")
     assert done.code == 0, done.err

@@ -160,7 +160,8 @@ def test_parts_of_two_processes_equal_parts_of_one(two, tmp_path):
     assert gap(tmp_path/"parts", two/"parts") < 1e-9 < 1e-6 < gap(two/"lewel_b", two/"parts")
 
 def test_stops_together_and_goes_on_alone(two, tmp_path):
-    "One process is asked to stop, both stop after that step; a single process goes on, with the same images in each step, to the same weights."
+    """One process is asked to stop, both stop after that step;
+    a single process goes on, with the same images in each step, to the same weights."""
     state, seen = load_checkpoint(two/"stopped/last.pt"), torch.load(two/"seen.pt")["stopped"]
     assert (state["epoch"], state["step"]) == (1, 1) and list(seen) == [0, 1, 2, 3] and not (two/"stopped/record.json").exists()
     whole = run(LONG, tmp_path/"whole")
@@ -187,14 +188,16 @@ def test_only_the_first_process_writes(two):
     assert [p.name for p in (two/"held").iterdir()] == [".lock"]                                    # its holder's, still there
 
 def test_two_nodes(two):
-    "Two launchers with one process each, which find each other by torchrun's rendezvous as on two machines: the weights of one launcher with two processes."
+    """Two launchers with one process each, which find each other by torchrun's rendezvous as on two machines:
+    the weights of one launcher with two processes."""
     with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
-            "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "localhost", "-m",
-            "lewel.pretrain"]
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test",
+            "--local-addr", "localhost", "-m", "lewel.pretrain"]
     nodes = [subprocess.Popen([*argv, *short_run(two, two/"two nodes")], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True,
-                              env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")) for _ in range(2)]
+                              env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1"))
+             for _ in range(2)]
     try: said = [n.communicate(timeout=120)[0] for n in nodes]
     finally:
         for n in nodes: n.terminate()      # and with it its process
@@ -203,7 +206,8 @@ def test_two_nodes(two):
     assert gap(two/"one node", two/"two nodes") == 0
 
 def test_killed_process_ends_the_job(job, callbacks):
-    "SIGKILL to the second process: torchrun ends the first, says why, and exits with an error; the checkpoint is whole, and one process goes on from it."
+    """SIGKILL to the second process: torchrun ends the first, says why, and exits with an error;
+    the checkpoint is whole, and one process goes on from it."""
     root, code, said = job
     assert code != 0 and "SIGKILL" in said and "resuming" not in said and not (root/"killed/record.json").exists()
     state = load_checkpoint(root/"killed/last.pt")
@@ -215,8 +219,10 @@ if __name__ == "__main__": work(Path(sys.argv[1]))
 
 def test_bad_input_is_said_once(tmp_path):
     "By the first process of a node, for all of them."
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-            "lewel.pretrain", "--data", "scenes", "--out", str(tmp_path/"run"), "--device", "cpu", "--method", "lewel_c"]
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "lewel.pretrain", "--data", "scenes", "--out", str(tmp_path/"run"), "--device", "cpu",
+            "--method", "lewel_c"]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
                           env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1"))
-    assert done.returncode == 1 and done.stdout.count("lewel-pretrain: error:") == 1 and "unknown method 'lewel_c'" in done.stdout, done.stdout
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.count("lewel-pretrain: error:") == 1 and "unknown method 'lewel_c'" in done.stdout, done.stdout

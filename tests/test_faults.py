@@ -101,8 +101,9 @@ def test_signal_stops_after_the_step(number, sizes, workers, tmp_path, train, ca
     assert train(data, tmp_path/"whole", *more).code == 0
     callbacks(Act(7, lambda learn: os.kill(os.getpid(), number)))
     done = train(data, tmp_path/"out", *more)
-    assert done.code == 128 + number and errors(done.err) == [f"lewel-pretrain: stopped by {number.name}; saved "
-        f"{tmp_path/'out/last.pt'}: the same command goes on from there"]
+    assert done.code == 128 + number
+    assert errors(done.err) == [f"lewel-pretrain: stopped by {number.name}; saved {tmp_path/'out/last.pt'}: the same "
+                                "command goes on from there"]
     assert position(tmp_path/"out") == (1, 2) and not (tmp_path/"out/record.json").exists()
     callbacks()
     assert train(data, tmp_path/"out", *more).code == 0 and same(weights(tmp_path/"out"), weights(tmp_path/"whole"))
@@ -141,7 +142,8 @@ def test_stop_after_the_last_step_of_an_epoch_loses_nothing(sizes, workers, tmp_
     a, b = (read_record(tmp_path/n) for n in ("whole", "out"))
     assert a["metrics"] == b["metrics"] and same(weights(tmp_path/"whole"), weights(tmp_path/"out"))
     columns = ["step", "loss", "knn_top1"]
-    assert read_curve(tmp_path/"whole")[columns].dropna().equals(read_curve(tmp_path/"out")[columns].dropna()) and (tmp_path/"out/best.pt").exists()
+    assert read_curve(tmp_path/"whole")[columns].dropna().equals(read_curve(tmp_path/"out")[columns].dropna())
+    assert (tmp_path/"out/best.pt").exists()
 
 @pytest.fixture
 def half(flat, tmp_path, train, callbacks):
@@ -151,7 +153,9 @@ def half(flat, tmp_path, train, callbacks):
     callbacks()
     return tmp_path/"out"
 
-@pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.05 -> 0.5"]), (["--option", "groups=8"], ["groups", "8"]), (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
+@pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.05 -> 0.5"]),
+                                         (["--option", "groups=8"], ["groups", "8"]),
+                                         (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
                                          (["--seed", 1, "--epochs", 3], ["seed: 0 -> 1", "epochs: 2 -> 3"]),
                                          (["--accumulate", 4], ["accumulate 1, not 4"])],
                          ids=["lr", "option", "method", "two", "accumulate"])
@@ -207,8 +211,8 @@ def test_damaged_checkpoint_is_refused(damage, finished, labelled, tmp_path, run
     refused(run("export", out), "export", out/"last.pt")
     (out/"record.json").unlink()
     refused(train(labelled, out), "pretrain", out/"last.pt")
-    assert (out/"last.pt").read_bytes() == before and sorted(p.name for p in out.iterdir()) == ["curve.csv",
-        "last.pt"] and not (tmp_path/"pwned").exists()
+    assert (out/"last.pt").read_bytes() == before and not (tmp_path/"pwned").exists()
+    assert sorted(p.name for p in out.iterdir()) == ["curve.csv", "last.pt"]
 
 def test_damaged_record_is_refused(finished, labelled, tmp_path, run, train):
     "A record that is not JSON is named."
@@ -278,7 +282,8 @@ def test_evaluation_skips_unreadable_images(sizes, workers, finished, tmp_path, 
         path = tmp_path/"data"/split/"b/003.jpg"; path.write_bytes(path.read_bytes()[:400])
     argv = finished, "--data", tmp_path/"data", "--preset", "smoke", "--device", "cpu", "--out", tmp_path/"out"
     refused_line = run("evaluate", *argv, "--strict")
-    assert refused_line.code == 2 and refused_line.err.count("\n") == 1 and ".jpg cannot be read" in refused_line.err and not (tmp_path/"out").exists()
+    assert refused_line.code == 2 and refused_line.err.count("\n") == 1
+    assert ".jpg cannot be read" in refused_line.err and not (tmp_path/"out").exists()
     done = run("evaluate", *argv)
     assert done.code == 0, done.err
     record = read_record(tmp_path/"out")
@@ -309,8 +314,8 @@ def test_diverging_run_stops_and_keeps_a_good_checkpoint(callback, save_every, f
     lines = errors(done.err)
     assert done.code == 1 and len(lines) == 1 and lines[0].startswith("lewel-pretrain: error: "), done.err
     assert 8 <= int(re.search(r"step (\d+)", lines[0])[1]) < 12 and "learning rate" in lines[0]
-    assert all_finite(load_checkpoint(out/"last.pt")) and position(out) >= (1,
-        0) and not leftovers(out) and not (out/"record.json").exists()
+    assert all_finite(load_checkpoint(out/"last.pt")) and position(out) >= (1, 0)
+    assert not leftovers(out) and not (out/"record.json").exists()
     callbacks()
     if save_every == 0: assert train(flat, out, *more).code == 0 and all_finite(load_checkpoint(out/"last.pt"))
 
@@ -385,7 +390,9 @@ def test_best_checkpoint_survives_a_failure_between_the_two(labelled, tmp_path, 
                 return replace(old, new)
             monkeypatch.setattr(os, "replace", full)
             codes = [train(labelled, out, "--epochs", 4).code for _ in range(2)]
-            assert codes[-1] == 0 and load_checkpoint(out/"best.pt")["best"] == read_record(out)["metrics"]["monitor_knn_top1_best"], (name, epoch, codes)
+            assert codes[-1] == 0, (name, epoch, codes)
+            assert (load_checkpoint(out/"best.pt")["best"]
+                    == read_record(out)["metrics"]["monitor_knn_top1_best"]), (name, epoch, codes)
 
 def test_output_folder_that_cannot_be_written(flat, tmp_path, train, monkeypatch):
     "Refused before the first step, not after the first epoch."
@@ -420,7 +427,8 @@ def test_a_run_moves_to_another_place(labelled, tmp_path, train):
 # --- a job of Slurm
 
 STUBS = dict( # what the commands of Slurm do here, in the folder of the job
-    srun='echo "$SRUN_CPUS_PER_TASK $*" > srun.asked; trap "exit 1" TERM; echo $$ > srun.pid; until [ -e fail ]; do sleep .02; done; exit 1',
+    srun='echo "$SRUN_CPUS_PER_TASK $*" > srun.asked; trap "exit 1" TERM; echo $$ > srun.pid; '
+         'until [ -e fail ]; do sleep .02; done; exit 1',
     scancel='[ "$*" = "--signal=TERM 7" ] && kill -TERM "$(cat srun.pid)"',
     scontrol='if [ "$1" = show ]; then echo node0; echo node1; else echo "$*" >> requeued; fi')
 
@@ -441,11 +449,13 @@ def slurm_job(tmp_path):
 
 @pytest.mark.parametrize("ends", ["the time is up", "finished just then", "a failure"])
 def test_slurm_job_is_queued_again_only_after_a_stop(ends, slurm_job, tmp_path):
-    "At its signal the script passes SIGTERM on, waits for srun, and asks for another turn; not of a run that is complete, nor after a failure."
+    """At its signal the script passes SIGTERM on, waits for srun, and asks for another turn;
+    not of a run that is complete, nor after a failure."""
     if ends == "finished just then": (tmp_path/"runs/lewel_b").mkdir(parents=True); (tmp_path/"runs/lewel_b/record.json").touch()
     if ends == "a failure": (tmp_path/"fail").touch()
     else: slurm_job.send_signal(signal.SIGUSR1)
     slurm_job.wait(60)
-    assert (tmp_path/"srun.asked").read_text().startswith("64 torchrun --nnodes 2 ") and "--rdzv-endpoint node0:29500" in (tmp_path/"srun.asked").read_text()
+    assert (tmp_path/"srun.asked").read_text().startswith("64 torchrun --nnodes 2 ")
+    assert "--rdzv-endpoint node0:29500" in (tmp_path/"srun.asked").read_text()
     asked = (tmp_path/"requeued").read_text() if (tmp_path/"requeued").exists() else ""
     assert asked == ("requeue 7\n" if ends == "the time is up" else "")

@@ -55,8 +55,8 @@ def coco_entries(
             corners = image["boxes"].cpu().double()
             columns["bbox"] = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         for k, label in enumerate(image["labels"].tolist()):
-            out.append(dict(id=len(out) + 1, image_id=i, category_id=label + 1,
-                            area=1) | {name: values[k] for name, values in columns.items()})
+            out.append(dict(id=len(out) + 1, image_id=i, category_id=label + 1, area=1) |
+                       {name: values[k] for name, values in columns.items()})
     return out
 
 # %% ../../nbs/24_evaluate_ap.ipynb #65318170
@@ -78,7 +78,7 @@ def check_pairs(
 
 # %% ../../nbs/24_evaluate_ap.ipynb #9fb4d172
 def average_precision(
-    predictions:list, # one dict per image: boxes K x 4 (x1, y1, x2, y2), labels K, scores K; for masks also masks: K x H x W of 0 and 1, or from `encode_masks`
+    predictions:list, # a dict per image: boxes K x 4 (x1, y1, x2, y2), labels, scores K; for masks: masks K x H x W, 0/1 or `encode_masks`
     targets:list, # one dict per image, see `BoxSet.target`
     num_classes:int, # labels are below
     kind:str="box", # "box" or "mask"
@@ -103,7 +103,7 @@ def average_precision(
 def match_best(
     predictions:list, # one dict per image
     targets:list, # one dict per image
-)->tuple: # detections by falling score: their labels, IoU with the object of their class and image that they overlap most, its index; objects of all images: labels, whether ignored
+)->tuple: # detections by falling score: labels, best IoU with an object of their class and image, its index; objects: labels, if ignored
     "Each detection's object by VOC's rule."
     scores, overlaps, which, start = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], 0
     for p, t in zip(predictions, targets):
@@ -113,7 +113,8 @@ def match_best(
         start += len(t["labels"])
     order = np.argsort(-np.concatenate(scores), kind="stable")
     labels, classes = (np.concatenate([d["labels"].cpu().numpy() for d in images]) for images in (predictions, targets))
-    return labels[order], np.concatenate(overlaps)[order], np.concatenate(which)[order], classes, np.concatenate([ignored(t).numpy() for t in targets])
+    return (labels[order], np.concatenate(overlaps)[order], np.concatenate(which)[order], classes,
+            np.concatenate([ignored(t).numpy() for t in targets]))
 
 # %% ../../nbs/24_evaluate_ap.ipynb #d0f8741b
 def voc07_class(

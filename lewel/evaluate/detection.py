@@ -66,8 +66,12 @@ class DetectionProtocol:
 # %% ../../nbs/25_evaluate_detection.ipynb #7d347589
 DETECTION = dict(
     paper=DetectionProtocol(),
-    imagenette=DetectionProtocol("fpn", steps=400, batch_size=4, lr=0.02, sizes=(160, 176, 192), longest=320, anchor=16, candidates=(500, 300), proposals=(300, 150), samples=64, rois=64, width=64, hidden=256, spread=0.05, precise=30),
-    demo=DetectionProtocol("fpn", steps=120, batch_size=16, lr=0.05, warmup=20, sizes=(64,), longest=64, flip=0., anchor=8, candidates=(100, 60), proposals=(64, 32), samples=32, rois=32, width=32, hidden=256, spread=0.05, precise=10),
+    imagenette=DetectionProtocol("fpn", steps=400, batch_size=4, lr=0.02, sizes=(160, 176, 192), longest=320, anchor=16,
+                                 candidates=(500, 300), proposals=(300, 150), samples=64, rois=64, width=64, hidden=256,
+                                 spread=0.05, precise=30),
+    demo=DetectionProtocol("fpn", steps=120, batch_size=16, lr=0.05, warmup=20, sizes=(64,), longest=64, flip=0.,
+                           anchor=8, candidates=(100, 60), proposals=(64, 32), samples=32, rois=32, width=32, hidden=256,
+                           spread=0.05, precise=10),
     smoke=DetectionProtocol("fpn", steps=3, batch_size=2, warmup=2, sizes=(64,), longest=64, flip=0., anchor=8,
                             candidates=(50, 20), proposals=(20, 8), samples=16, rois=16, width=16, hidden=16, precise=1))
 
@@ -170,8 +174,8 @@ def fpn_parts(
 )->tuple: # trunk with its out_channels, pool, head, channels that the head puts out
     "The backbone with a pyramid, and a head of its own."
     trunk, width, hidden = Pyramid(backbone, protocol.width), protocol.width, protocol.hidden
-    head = FastRCNNConvFCHead((width, 7, 7), [width]*protocol.convs, [hidden],
-                              nn.BatchNorm2d) if protocol.convs else TwoMLPHead(width*49, hidden)
+    head = (FastRCNNConvFCHead((width, 7, 7), [width]*protocol.convs, [hidden], nn.BatchNorm2d) if protocol.convs
+            else TwoMLPHead(width*49, hidden))
     for m in head.modules():
         if isinstance(m, nn.Linear): nn.init.kaiming_uniform_(m.weight, a=1); nn.init.zeros_(m.bias)
     return trunk, RoIPool(trunk.strides, 7, protocol.anchor), head, hidden
@@ -297,7 +301,8 @@ def train_detector(
 )->GeneralizedRCNN: # `model`, in evaluation mode
     "Train a detector. Raises `UserError` if there is nothing to train on."
     images, masks = images.with_boxes(), model.roi_heads.has_mask()
-    identity = f"{type(model).__name__} on {images.name} {images.fingerprint()}, weights {weights_fingerprint(model)}, seed {seed}, {protocol}"
+    identity = (f"{type(model).__name__} on {images.name} {images.fingerprint()}, weights {weights_fingerprint(model)}, "
+                f"seed {seed}, {protocol}")
     model.to(device)
     batches = batches_ahead(images, protocol, seed, masks, workers)
     def loss_of(step): return sum(model(*send_batch(batches(step), device)).values())
@@ -385,8 +390,11 @@ def evaluate_detection(
 
 # %% ../../nbs/25_evaluate_detection.ipynb #f7f400a5
 DETECTRON2_HEADS = { # beginning of our name -> of detectron2's
-    "rpn.head.conv.0.0": "proposal_generator.rpn_head.conv", "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits", "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
-    "roi_heads.box_head.norm": "roi_heads.res5.norm", "roi_heads.box_head.fc6": "roi_heads.box_head.fc1", "roi_heads.box_head.fc7": "roi_heads.box_head.fc2", "roi_heads.box_head.5": "roi_heads.box_head.fc1",
+    "rpn.head.conv.0.0": "proposal_generator.rpn_head.conv",
+    "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
+    "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
+    "roi_heads.box_head.norm": "roi_heads.res5.norm", "roi_heads.box_head.fc6": "roi_heads.box_head.fc1",
+    "roi_heads.box_head.fc7": "roi_heads.box_head.fc2", "roi_heads.box_head.5": "roi_heads.box_head.fc1",
     "roi_heads.box_predictor": "roi_heads.box_predictor",
     "roi_heads.mask_predictor.conv5_mask": "roi_heads.mask_head.deconv",
     "roi_heads.mask_predictor.mask_fcn_logits": "roi_heads.mask_head.predictor"}

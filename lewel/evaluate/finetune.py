@@ -73,7 +73,9 @@ def finetune(
     identity:str="", # what is being trained
     every:float=60., # seconds between states
 )->torch.nn.Module: # `model`
-    "Train for all the steps of a schedule, or what remains of them. Raises `NonFiniteLoss`, and `Stopped` after saving when SIGTERM or SIGINT came; the caller removes `state_file` when it has its results."
+    """Train for all the steps of a schedule, or what remains of them.
+    Raises `NonFiniteLoss`, and `Stopped` after saving when SIGTERM or SIGINT came; the caller removes `state_file` when
+    it has its results."""
     state_file, base = state_file and Path(state_file), [g["lr"] for g in optimizer.param_groups]
     first = step = _restore(state_file, identity, model, optimizer)
     if step and title: print(f"{title} | resuming {state_file} at step {step} of {schedule.steps}", flush=True)

@@ -129,7 +129,8 @@ def entries_that_fit(
     channels:int, # of a feature
     chunk:int, # queries at a time
 )->int|None: # entries of the memory; None: all, on a CPU
-    "How many entries of the memory fit on a GPU, with their normalized copy and the cosines of a chunk of queries, in half of what is free."
+    """How many entries of the memory fit on a GPU, with their normalized copy
+    and the cosines of a chunk of queries, in half of what is free."""
     if device.type != "cuda": return None
     return max(torch.cuda.mem_get_info(device)[0]//2//(4*(2*channels + 4*chunk)), 1)
 

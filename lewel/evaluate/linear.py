@@ -168,8 +168,9 @@ def check_cache(
     if passes*one <= room: return
     few = int(room//one)
     fewer = f"{few} (--protocol linear --option cached_passes={few}), or " if few else ""
-    raise UserError(f"features of {passes} passes over {n:,} images take {passes*one/1e9:.3g} GB, and {room/1e9:.3g} GB of memory are free for them: cache {fewer}none "
-                    "(--protocol linear --option cached_passes=none), which makes new crops in every epoch, as the authors do")
+    raise UserError(f"features of {passes} passes over {n:,} images take {passes*one/1e9:.3g} GB, and {room/1e9:.3g} GB "
+                    f"of memory are free for them: cache {fewer}none (--protocol linear --option cached_passes=none), "
+                    "which makes new crops in every epoch, as the authors do")
 
 # %% ../../nbs/18_evaluate_linear.ipynb #c23767cb
 def evaluate_linear(
@@ -184,14 +185,17 @@ def evaluate_linear(
     state_file=None, # where to keep the state, to go on after an interruption; the caller removes it
     workers:int=2, # processes that decode files
 )->dict: # "linear_top1", "linear_top5": percent
-    "Linear classification of frozen features. Raises `UserError` for a set without labels or with a single class, if the cached features do not fit, and if training diverges; `Stopped` when a signal came."
+    """Linear classification of frozen features.
+    Raises `UserError` for a set without labels or with a single class, if the cached features do not fit, and if
+    training diverges; `Stopped` when a signal came."""
     check_labels(train, "the training images"); check_labels(test, "the test images")
     device = torch.device(device or next(backbone.parameters()).device)
     check_cache(backbone, train, protocol, size)
     x, y = extract_features(backbone, test, size, device, workers=workers, title=title)
     batches = streamed(backbone, train, protocol, size, seed, device, workers)
     if protocol.cached_passes: batches = cached(batches, protocol, seed, device, title)
-    identity = state_file and f"linear on {train.name} {train.fingerprint()}, weights {weights_fingerprint(backbone)}, size {size}, seed {seed}, {protocol}"
+    identity = state_file and (f"linear on {train.name} {train.fingerprint()}, weights "
+                               f"{weights_fingerprint(backbone)}, size {size}, seed {seed}, {protocol}")
     diverged = UserError(f"the linear classifier diverged with lr {protocol.lr}: lower the protocol's lr")
     try:
         classifier = fit_linear(batches, x.shape[1], int(max(train.labels.max(), y.max())) + 1, protocol, seed,

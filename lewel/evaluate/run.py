@@ -84,19 +84,24 @@ class Protocol(NamedTuple):
     check:Callable=lambda *args: None # with the same arguments; raises `UserError`
 
 def _instance(name, presets):
-    return Protocol(box_sets, presets, lambda b, train, test, p,
-                    given: {f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
+    return Protocol(box_sets, presets, lambda b, train, test, p, given: {
+        f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()})
 
 protocols = dict(
-    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device, workers=given.workers, title=given.title)),
-    linear=Protocol(evaluation_sets, LINEAR, lambda b, train, test, p, given: evaluate_linear(b, train, test, p, *given[:5], workers=given.workers),
+    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR},
+                 lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device,
+                                                               workers=given.workers, title=given.title)),
+    linear=Protocol(evaluation_sets, LINEAR,
+                    lambda b, train, test, p, given: evaluate_linear(b, train, test, p, *given[:5],
+                                                                     workers=given.workers),
                     lambda b, train, test, p, given: check_cache(b, train, p, given.size)),
-    semi=Protocol(evaluation_sets, SEMI, lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5], workers=given.workers),
+    semi=Protocol(evaluation_sets, SEMI,
+                  lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5], workers=given.workers),
                   lambda b, train, test, p, given: [labelled_part(train, part, given.seed) for part in p.parts]),
     segmentation=Protocol(mask_sets, SEGMENTATION, lambda b, train, test, p, given: evaluate_segmentation(b, train, test, p, *given[1:])),
     detection=Protocol(box_sets, DETECTION, lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:])),
-    **{name: _instance(name, presets) for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X,
-       instance_c4=INSTANCE_C4).items()})
+    **{name: _instance(name, presets)
+       for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X, instance_c4=INSTANCE_C4).items()})
 
 # %% ../../nbs/27_evaluate_run.ipynb #997ed655
 def protocol_settings(
@@ -127,8 +132,8 @@ def usual_preset(
     "The preset that suits a run or a checkpoint; \"imagenette\" where nothing is known, as of a weight file."
     scale = read_record(start)["scale"] if (Path(start)/"record.json").is_file() else None
     if scale in SCALES: return scale
-    alike = (scale for scale, at_scale in recipes.items()
-             for r in at_scale.values() if (r.backbone, r.size) == (info.get("backbone"), info["size"]))
+    alike = (scale for scale, at_scale in recipes.items() for r in at_scale.values()
+             if (r.backbone, r.size) == (info.get("backbone"), info["size"]))
     return next(alike, "imagenette")
 
 # %% ../../nbs/27_evaluate_run.ipynb #05a84909
@@ -157,7 +162,8 @@ class Partial:
 def stopping_at_once(
     kept:Path, # file with what is saved, if it is there
 ):
-    "Within it, SIGTERM and the end of the time budget raise `Stopped` wherever nothing notes them. In other threads than the main one it does nothing."
+    """Within it, SIGTERM and the end of the time budget raise `Stopped` wherever nothing notes them.
+    In other threads than the main one it does nothing."""
     if threading.current_thread() is not threading.main_thread(): yield; return
     came = list(overdue)
     def interrupt(signum, frame): came.append(signum); raise KeyboardInterrupt              # which nothing on the way takes for an error
@@ -195,8 +201,8 @@ def checkpoint_facts(
 )->dict: # run (an id, or None), recipe, epoch, step, data, version, git
     "What a record says about the checkpoint that was evaluated."
     state, folder = load_checkpoint(file), Path(file).parent
-    data, record = dict(name=state.get("images"),
-                        fingerprint=state.get("data")), read_record(folder) if (folder/"record.json").exists() else None
+    data, record = (dict(name=state.get("images"), fingerprint=state.get("data")),
+                    read_record(folder) if (folder/"record.json").exists() else None)
     own = record and record["recipe"] == plain(state["recipe"]) and record["data"]["fingerprint"] == data["fingerprint"]
     return dict(run=record["id"] if own else None, data=data, git=state.get("git"),
                 **{k: state[k] for k in ("recipe", "epoch", "step", "version")})
@@ -218,16 +224,15 @@ def run_protocols(
     partial, jobs = Partial(out, identity), {}
     for n in (n for n in settings if n not in partial.done):
         title = f"{info['method']} seed {info['seed']} | {n}, scale {scale}, {identity}"
-        jobs[n] = net, *sets[protocols[n].sets], settings[n], Given(size, info["seed"], device, title, out/f"{n}.pt",
-            out/f"{n}.png", workers)
+        jobs[n] = (net, *sets[protocols[n].sets], settings[n],
+                   Given(size, info["seed"], device, title, out/f"{n}.pt", out/f"{n}.png", workers))
         protocols[n].check(*jobs[n])
     for n, job in jobs.items():
         started, given = time.time(), job[-1]
         metrics = protocols[n].run(*job)
         partial.add(n, metrics, time.time() - started)
         given.state_file.unlink(missing_ok=True)
-        print(f"{given.title}: " + ", ".join(f"{k} {v:.1f}"
-                                             for k, v in metrics.items()
+        print(f"{given.title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items()
                                              if isinstance(v, float) and not k.startswith("iou_")), flush=True)
     return partial
 
@@ -257,7 +262,8 @@ def evaluate(
     workers:int=2, # processes or threads that decode files; no result depends on them
     options:dict={}, # settings of the preset to change, in each of the protocols, e.g. dict(lr=0.04)
 )->dict: # the record
-    "Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted. Raises `UserError`, and `Stopped` on SIGTERM."
+    """Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted.
+    Raises `UserError`, and `Stopped` on SIGTERM."""
     code_state()      # the record names the code as it is now
     check_least(workers=(workers, 0), seed=(seed, 0), size=(size or 8, 8))
     for n in names: protocol_settings(n, preset or "imagenette", options)      # a mistake is told before anything is read
@@ -283,8 +289,8 @@ def evaluate(
         skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
         record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
         set_aside(out)
-        written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()}, seconds=sum(partial.seconds.values()),
-                                         protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device),
-                                         **record, **environment(device)))
+        written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()},
+                                         seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds,
+                                         peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
         partial.path.unlink(missing_ok=True)
         return written

@@ -75,7 +75,7 @@ def dilate(
     blocks = residual_blocks(backbone := copy.deepcopy(backbone), output_stride)
     stride, dilation = backbone.conv1.stride[0]*backbone.maxpool.stride, 1
     for block in blocks:
-        # of positions, in each direction, that this block now keeps
+        # the factor of positions, in each direction, that this block now keeps
         factor = block.stride if stride*block.stride > output_stride else 1
         for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
             if wide := conv.kernel_size[0] > 1: conv.dilation = conv.padding = (dilation, dilation)
@@ -96,8 +96,8 @@ class FCN(nn.Module):
     ):
         super().__init__()
         def layer(channels):
-            return nn.Conv2d(channels, p.width, 3, padding=p.dilation, dilation=p.dilation,
-                             bias=False), nn.BatchNorm2d(p.width), nn.ReLU(inplace=True)
+            return (nn.Conv2d(channels, p.width, 3, padding=p.dilation, dilation=p.dilation, bias=False),
+                    nn.BatchNorm2d(p.width), nn.ReLU(inplace=True))
         p = protocol
         self.backbone = dilate(backbone, p.output_stride)
         self.head = init_weights(nn.Sequential(*layer(num_features(backbone)), *layer(p.width), nn.Conv2d(p.width, classes, 1)))
@@ -218,8 +218,9 @@ def fit_segmentation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FCN(backbone, len(train.classes), protocol).to(device)
-    optimizer, crops = torch.optim.SGD(model.parameters(), protocol.lr, protocol.momentum,
-                                       weight_decay=protocol.weight_decay), crops_ahead(train, protocol, seed, workers)
+    optimizer, crops = (
+        torch.optim.SGD(model.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay),
+        crops_ahead(train, protocol, seed, workers))
     def loss_of(step):
         batch = torch.stack(crops(step)).to(device)
         return pixel_loss(model(normalize(batch[:, :3].float().div_(255))), batch[:, 3])

@@ -215,10 +215,11 @@ def evaluate_semi(
     seed:int=0, # of the draw of labels, the classifier's weights, the order and the crops
     device=None, # to work on; by default where the backbone is
     title:str="", # begins the lines of progress; empty: none are printed
-    state_file=None, # where to keep the state, to go on after an interruption; each part adds its percentage to the name; removed in the end
+    state_file=None, # keeps the state, to resume from; each part adds its percentage to the name; removed in the end
     workers:int=2, # processes that decode files
 )->dict: # "semi1_top1", "semi1_top5", "semi10_top1", "semi10_top5": percent
-    "Semi-supervised evaluation: the whole network fine-tuned on each part of the labels. Raises `UserError` for sets or lists that do not fit."
+    """Semi-supervised evaluation: the whole network fine-tuned on each part of the labels.
+    Raises `UserError` for sets or lists that do not fit."""
     check_labels(train, "the training images"); check_labels(test, "the test images")
     device = device or next(backbone.parameters()).device
     classes = int(max(train.labels.max(), test.labels.max())) + 1
@@ -251,7 +252,8 @@ def train_supervised(
     scale:str="custom", # which scale the run belongs to, for the record
     workers:int=2, # processes that decode files
 )->dict: # the record; "supervised_top1" and "supervised_top5" among its metrics
-    "Train a network with all labels. Called again, it goes on where it was interrupted. Raises `UserError`, and `Stopped` when a signal came."
+    """Train a network with all labels. Called again, it goes on where it was interrupted.
+    Raises `UserError`, and `Stopped` when a signal came."""
     check_labels(train, "the training images"); check_labels(test, "the test images")
     out, protocol, started = Path(out), SUPERVISED[check_choice("preset", preset, SUPERVISED)], time.time()
     data = dict(name=train.name, n=len(train), fingerprint=f"{train.fingerprint()} {test.fingerprint()}", skipped=[])
@@ -259,8 +261,8 @@ def train_supervised(
                   recipe=dict(backbone=backbone, size=size, protocol=asdict(protocol)), builds_on=[], data=data)
     record["id"] = run_id(record)
     if (out/"record.json").exists() and (out/"backbone.pth").exists() and read_record(out)["id"] == record["id"]: return read_record(out)
-    net, state_file, title, device = load_backbone("random", backbone,
-        seed)[0], out/"state.pt", f"supervised seed {seed}", torch.device(device)
+    net, state_file, title, device = (load_backbone("random", backbone, seed)[0], out/"state.pt",
+                                      f"supervised seed {seed}", torch.device(device))
     forget_peak_memory(device); code_state()      # the record names the code as it is now
     model = fit_part(net, train, int(train.labels.max()) + 1, protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
     metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
