@@ -181,6 +181,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "default, again": dict(lewel_m=_rated),
     "lr-x0.5": dict(lewel_m=_rated),
     "lr-x2": dict(lewel_m=_rated, lewel_b=range(12, 20)),
+    "bfloat16": dict(lewel_m=_few, lewel_b=_few),
     "epochs-x3": dict(lewel_m=_few, lewel_b=_few),
     "crops-from-0.2": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6": dict(lewel_m=_few, lewel_b=_few),
@@ -207,6 +208,7 @@ def condition_recipe(
     check_choice("condition", folder, {condition_folder(c, m) for c in conditions for m in ("lewel_m", "mocov2")})
     r = get_recipe(method, "demo", seed=seed)
     if folder.startswith("map-6x6"): r = r.changed(size=96)
+    if folder == "bfloat16": r = r.changed(precision="bfloat16")
     if folder.startswith("epochs-x3"): r = r.changed(epochs=3*r.epochs)
     if folder.startswith("crops-from-0.2"): r = r.changed(view_options=r.view_options | dict(area=[0.2, 1.]))
     for end, factor in _rates.items():
