@@ -6,25 +6,41 @@ With LEWEL_KEEP=1 results that came with the repository are kept and added to; e
 import os, subprocess, sys
 from pathlib import Path
 from lewel.core import UserError, read_failures
-from lewel.experiments import (adopt, check_data, evaluation_groups, forget_failures, only_one, published_copy,
-                               put_aside, read_settings, write_page)
+from lewel.experiments import (adopt, check_data, evaluation_groups, finished_jobs, forget_failures, only_one,
+                               published_copy, put_aside, read_settings, write_page)
 from lewel.results import compare_records, read_records
 
+def asked(name): return os.environ.get(name, "") not in ("", "0")
+
+def snakemake(lock, *more):
+    "Snakemake's exit code. Ctrl-C reaches it and its jobs, too: they save what they have, and it ends when they have."
+    command = ["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", *more]
+    with subprocess.Popen(command, pass_fds=[lock]) as process:
+        try: return process.wait()
+        except KeyboardInterrupt: return process.wait() and 130
+
 def main():
-    settings = read_settings()
-    if os.environ.get("LEWEL_DRY_RUN"):
-        from lewel.cost import print_plan
-        return print_plan(settings)
-    evaluation_groups(settings); check_data(settings)
+    settings, keep, arguments = read_settings(), asked("LEWEL_KEEP"), sys.argv[1:]
     results = Path("results")/settings.scale
+    if asked("LEWEL_DRY_RUN"):
+        from lewel.cost import print_plan
+        return print_plan(settings, done=finished_jobs(results, settings) if keep else ())
+    evaluation_groups(settings); check_data(settings)
     published = published_copy(results)
     with only_one(results) as lock:
-        if os.environ.get("LEWEL_KEEP"): print(f"{adopt(results)} jobs are taken over as done, by their records")
+        if {"-n", "--dry-run", "--dryrun"} & set(arguments): return snakemake(lock, *arguments)
+        if keep:
+            done = adopt(results, settings)
+            if done: print(f"{len(done)} jobs are taken over as done, by their records")
+            if done and Path(".snakemake/incomplete").exists():     # what an earlier call left of jobs that are done now
+                snakemake(lock, "--cores", "1", "--quiet", "all", "--cleanup-metadata", *(f"{results}/marks/{mark}" for mark in done))
         elif put_aside(results): print(f"the results that came with the repository are now in {published}; all is computed again")
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
-        done = subprocess.run(["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", "--keep-going",
-                               "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params", "--quiet",
-                               "rules", "progress", "host", *sys.argv[1:]], pass_fds=[lock])
+        code = snakemake(lock, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
+                         "--quiet", "rules", "progress", "host", *arguments)
+        if code == 130:
+            print("stopped; what was saved is kept: the same command goes on from there", file=sys.stderr)
+            return code
         page = write_page(results)
     for table in sorted((results/"tables").glob("*.md")): print("\n" + table.read_text())
     for kind in "tables", "figures", "runs", "evaluations", "ablations", "notebooks":
@@ -34,7 +50,7 @@ def main():
     if len(same): print(f"\nthe same runs in {published}, this folder's numbers less those:\n{same.to_string(index=False)}")
     failures = read_failures(results)
     for f in failures: print(f"missing: {f['folder']}: {f['reason']}", file=sys.stderr)
-    return done.returncode or bool(failures)
+    return code or bool(failures)
 
 if __name__ == "__main__":
     try: sys.exit(main())

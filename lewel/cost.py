@@ -694,9 +694,11 @@ def _print_totals(rows, extra, needs, sustained):
 def print_plan(
     settings:Settings, # scale, seeds, device and where the data is
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
+    done=(), # marks of jobs to leave out, see `lewel.experiments.finished_jobs`
 ):
     "Print the plan of a scale; nothing is run."
-    s, rows, needs = settings, plan(settings, sustained), {d["name"]: d for d in data_plan(settings).values()}
+    s, needs = settings, {d["name"]: d for d in data_plan(settings).values()}
+    rows = [r for r in plan(s, sustained) if not any(f"/marks/{mark} " in r["command"] for mark in done)]
     extra = [] if s.ablation_seeds else [r for r in plan(replace(s, ablation_seeds=1), sustained) if r not in rows]
     print(f"Plan of scale {s.scale}, {s.seeds} seed{'s' * (s.seeds > 1)}: {len(rows)} runs, none of them started.")
     if s.scale in GPUS: print(f"Where torchrun stands first, it trains on {GPUS[s.scale]} GPUs; the job after it finds the run finished.")

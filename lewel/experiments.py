@@ -6,15 +6,15 @@
 __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'MARKS', 'PAGE_ORDER', 'STYLE',
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
            'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason',
-           'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'adopt',
-           'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html', 'conclusion',
-           'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
-           'notebook_sources', 'difference', 'verify_readme', 'verify', 'altered']
+           'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'job_records',
+           'finished_jobs', 'adopt', 'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html',
+           'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
+           'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids', 'altered_pages']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
 import base64, configparser, fcntl, html, io, json, os, re, shutil, sys, tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, zip_longest
 from pathlib import Path
 from .core import METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, read_failures, warn, write_failure
@@ -281,8 +281,11 @@ def published_results(
 def put_aside(
     results, # folder of a scale, held by `only_one`
 )->bool: # whether there was something to move
-    "Move results that no job of this folder made to `published_copy`. Raises `UserError` if something is there already."
+    """Move results that no job of this folder made to `published_copy`.
+    Raises `UserError` if something is there already, or if they have been added to (`adopt`)."""
     results, aside = Path(results), published_copy(results)
+    if (results/"marks/adopted").exists():
+        raise UserError(f"{results} came with the repository, and was added to: go on with KEEP=1, or move it away to compute all of it again")
     if (results/"marks").exists() or not (results/"notebooks").exists(): return False
     if aside.exists():
         raise UserError(f"{results} has results but no marks of the jobs that made them, and {aside} exists: move one of them away")
@@ -291,18 +294,77 @@ def put_aside(
     (aside/".lock").rename(results/".lock")
     return True
 
+# %% ../nbs/32_experiments.ipynb #07f3c7da
+def job_records(
+    settings:Settings, # scale, seeds and where the data is
+): # yields (mark, mark of the training that it needs or None, data, dict: folder of a record -> part of its recipe)
+    "All jobs of a scale that leave records; folders are relative to those of the scale's marks and results."
+    from lewel.evaluate.run import protocols
+    from lewel.evaluate.semi import recorded
+    from lewel.paper import ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes
+    s, scale, methods = settings, settings.scale, list(recipes[settings.scale])
+    def judged(names): return dict(protocols={n: recorded(protocols[n].presets[scale]) for n in names})
+    def both(place, recipe): return {place: asdict(recipe), f"{place}/evaluation": judged(["knn", "linear"])}
+    for name, method, seed in ((f"{m}-s{i}", m, i) for m in methods for i in range(s.seeds)):
+        yield f"{name}.trained", None, s.data[scale], {f"runs/{name}": asdict(get_recipe(method, scale, seed=seed))}
+    for seed in range(s.seeds): yield f"supervised-s{seed}.trained", None, s.data[scale], {f"runs/supervised-s{seed}": {}}
+    for end, (data, names, seeds) in evaluation_groups(s).items():
+        for name in (f"{m}-s{i}" for m in ("random", *methods, "supervised") for i in range(seeds)):
+            trained = None if name.startswith("random") else f"{name}.trained"
+            yield f"{name}{end}.evaluated", trained, data, {f"evaluations/{name}{end}": judged(names)}
+    for method, seed in ((m, i) for m in ("lewel_m", "lewel_b") for i in range(s.ablation_seeds)):
+        for factor in ("default", *ablation_factors(method, scale)):
+            name, runs = f"{method}-{factor.replace(' ', '-')}-s{seed}", ablation_runs(method, factor, scale, seed)
+            records = {k: v for run, r in runs.items() for k, v in both(f"ablations/{name}/{run}", r).items()}
+            yield f"{name}.ablated", None, s.data[scale], records
+    for condition, method, seed in condition_runs() if scale == "demo" else ():
+        name, recipe = f"{condition}/{method}-s{seed}", condition_recipe(condition, method, seed)
+        yield f"{name}.conditioned", None, "scenes", both(f"conditions/{name}", recipe)
+
 # %% ../nbs/32_experiments.ipynb #2ee9083a
+def finished_jobs(
+    results, # folder of a scale
+    settings:Settings, # what is asked for
+)->list: # marks
+    "The jobs whose records are there, all of them and as they would be made now. Raises `UserError` if one cannot be added to."
+    results, done, asked, marks = Path(results), [], set(), []
+    for mark, needed, data, records in job_records(settings):
+        marks.append((mark, needed)); asked |= records.keys()
+        if not all((results/place/"record.json").exists() for place in records): continue
+        for place, recipe in records.items():
+            record = json.loads((results/place/"record.json").read_text())
+            differs = [k for k, v in json.loads(json.dumps(recipe)).items() if record["recipe"].get(k) != v]
+            if Path(data).name not in record["data"]["name"]: differs.append("data")
+            if differs:
+                raise UserError(f"{results/place} was made with other settings ({', '.join(differs)}) than a seed would be now: "
+                                "the tables would mix them. Without KEEP=1 everything is computed again")
+        done.append(mark)
+    here = {p.parent.relative_to(results).as_posix() for kind in ("evaluations", "ablations") for p in (results/kind).rglob("record.json")}
+    if left := sorted(here - asked):
+        raise UserError(f"{results/left[0]} would no longer be in the tables: with KEEP=1 ask for as many seeds as there are, "
+                        "or more (SEEDS, DENSE_SEEDS, ABLATION_SEEDS), and for the same data")
+    for mark, needed in marks:
+        if mark not in done and needed in done and not (results/"runs"/Path(needed).stem/"last.pt").exists():
+            raise UserError(f"{Path(mark).stem} needs the weights of {results/'runs'/Path(needed).stem}, and the repository has its "
+                            "record only: ask for no more DENSE_SEEDS than there are of it, or leave out KEEP=1")
+    return done
+
 def adopt(
     results, # folder of a scale, held by `only_one`
-)->int: # how many jobs
-    "Give the results that no job of this folder made the marks of jobs that are done."
-    results, done = Path(results), []
-    if (results/"marks").exists(): return 0
-    for end, folder in MARKS.items():        # pretraining before the evaluations, whose marks must not be older
-        places = (results/folder).glob("*/*" if folder == "conditions" else "*")
-        done += [results/"marks"/f"{place.relative_to(results/folder)}{end}" for place in sorted(places) if any(place.rglob("record.json"))]
-    for mark in done: atomic_write(mark, "done")
-    return len(done)
+    settings:Settings, # what is asked for
+)->list: # marks of the jobs that count as done
+    "Give the results that came with the repository the marks of jobs that are done. Raises `UserError` as `finished_jobs` does."
+    results, marks, aside = Path(results), Path(results)/"marks", published_copy(results)
+    if marks.exists():
+        if aside.exists():
+            raise UserError(f"{results} is being computed here, and what came with the repository is in {aside}: "
+                            "to add to that, remove the first and move the second back to its place")
+        return []
+    done, new = finished_jobs(results, settings), results/".marks"
+    shutil.rmtree(new, ignore_errors=True)
+    for mark in [*done, "adopted"]: atomic_write(new/mark, "done")        # pretraining before the evaluations, whose marks must not be older
+    new.rename(marks)
+    return done
 
 # %% ../nbs/32_experiments.ipynb #efad0cfe
 PAGE_ORDER = dict( # notebook -> (heading, tables, figures, what they are made from)
@@ -566,33 +628,41 @@ def verify(
 )->list: # what differs, one line each
     "Make all tables and figures again from the records and compare; look for dead links on the pages."
     import nbformat
+    from papermill.exceptions import PapermillExecutionError
     results, wrong = Path(results), dead_links(results)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)/results.name
         shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", "tables", "notebooks", ".lock"))
         for picture in (again/"figures").glob("*.png"): picture.unlink()
+        if (aside := published_copy(results)).exists(): published_copy(again).symlink_to(aside.resolve())
         for name in (f"{n}.ipynb" for n in PAGE_ORDER if (results/"notebooks"/f"{n}.ipynb").exists()):
             asked = nbformat.read(results/"notebooks"/name, 4).metadata.papermill.parameters
-            run_notebook(Path(notebooks)/name, again/"notebooks"/name, **dict(asked) | dict(results=str(again)))
+            try: run_notebook(Path(notebooks)/name, again/"notebooks"/name, **dict(asked) | dict(results=str(again)))
+            except PapermillExecutionError as e: wrong.append(f"{Path(notebooks)/name}: {failure_reason(*named_error(e))}")
         for kind, pattern in ("tables", "*.*"), ("figures", "*.png"), ("notebooks", "table_*.ipynb"), ("notebooks", "figure_*.ipynb"):
             names = {p.name for r in (results, again) for p in (r/kind).glob(pattern)}
             wrong += [text for n in sorted(names) if (text := difference(results/kind/n, again/kind/n))]
     return wrong
 
 # %% ../nbs/32_experiments.ipynb #c6c88c00
-def altered(
+def wrong_ids(
+    results, # folder with records, of scales and others
+)->list: # one line each
+    "Records of runs whose id does not fit what they say."
+    from lewel.results import run_id
+    records = {path: json.loads(path.read_text()) for path in sorted(Path(results).rglob("record.json"))}
+    return [f"{path}: the id is {r['id']}, but what the record says makes {run_id(r)}"
+            for path, r in records.items() if "fingerprint" in r["data"] and run_id(r) != r["id"]]
+
+def altered_pages(
     results, # folder of a scale, as it is kept
 )->list: # one line each
-    "Records of runs whose id does not fit what they say, and pages that differ from what would be written now."
-    from lewel.results import run_id
+    "Pages that differ from what would be written now."
     results = Path(results)
-    records = {path: json.loads(path.read_text()) for path in sorted(results.rglob("record.json"))}
-    wrong = [f"{path}: the id is {r['id']}, but what the record says makes {run_id(r)}"
-             for path, r in records.items() if "fingerprint" in r["data"] and run_id(r) != r["id"]]
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)/results.name
         shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", ".lock"))
         write_page(again)
         pages = {p.relative_to(r): None for r in (results, again) for p in sorted(r.rglob("*.html"))}
         text = lambda file: file.read_text() if file.exists() else None
-        return wrong + [f"{results/p} is not the page that is written now" for p in pages if text(results/p) != text(again/p)]
+        return [f"{results/p} is not the page that is written now" for p in pages if text(results/p) != text(again/p)]

@@ -126,7 +126,9 @@ def test_published_results_can_be_added_to(tmp_path):
     "KEEP=1: what has a record counts as done, and one more seed is one more job of each kind."
     shutil.copy(root/"settings.ini", tmp_path)
     shutil.copytree(root/"results/demo", tmp_path/"results/demo", ignore=shutil.ignore_patterns("marks", "*.pt"))
-    assert adopt(tmp_path/"results/demo") > 300
+    place = dict(demo="scenes")
+    settings = Settings("demo", seeds=4, data=place, segmentation=place, detection=place)
+    assert len(adopt(tmp_path/"results/demo", settings)) > 300
     code, out, err = call(Path(sys.executable).parent/"snakemake", "--snakefile", root/"experiments/Snakefile",
                           "--directory", tmp_path, "--cores", 1, "--nolock",
                           "--rerun-triggers", "mtime", "input", "params", "--dry-run", "--quiet", "rules",
