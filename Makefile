@@ -40,7 +40,8 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	python tests/check_sync.py
-	ruff check --quiet --target-version py310 --select E9 lewel nbs experiments tests     # syntax of the oldest Python the library runs on
+	ruff check --quiet --target-version py310 --select E9 lewel                                # syntax of the oldest Python it runs on
+	ruff check --quiet --target-version py310 --select E9,E501 --line-length 140 nbs experiments tests
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
 	OMP_NUM_THREADS=1 pytest -q -n 2 tests

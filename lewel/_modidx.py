@@ -524,6 +524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lewel.experiments.wrong_ids': ('experiments.html#wrong_ids', 'lewel/experiments.py')},
             'lewel.interop': { 'lewel.interop._foreign': ('interop.html#_foreign', 'lewel/interop.py'),
                                'lewel.interop.bullets': ('interop.html#bullets', 'lewel/interop.py'),
+                               'lewel.interop.check_kept': ('interop.html#check_kept', 'lewel/interop.py'),
                                'lewel.interop.check_place': ('interop.html#check_place', 'lewel/interop.py'),
                                'lewel.interop.check_tensors': ('interop.html#check_tensors', 'lewel/interop.py'),
                                'lewel.interop.checkpoint_card': ('interop.html#checkpoint_card', 'lewel/interop.py'),

@@ -7,8 +7,8 @@ __all__ = ['head_parts', 'official_parts', 'numpy_numbers', 'detectron2_parts', 
            'official_names', 'read_weights', 'check_tensors', 'is_checkpoint', 'state_tensors', 'load_official',
            'optional', 'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone',
            'run_backbone', 'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name', 'torch_file',
-           'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'export_backbone', 'bullets',
-           'commit_words', 'model_card', 'checkpoint_card']
+           'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'check_kept', 'export_backbone',
+           'bullets', 'commit_words', 'model_card', 'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
 import errno, hashlib, importlib, os, pickle, tempfile
@@ -282,6 +282,17 @@ def check_place(
         raise UserError(f"no file can be written at {path} ({e.strerror}): name a file in a folder that can be written to") from e
 
 # %% ../nbs/10_interop.ipynb #e9b9c683
+def check_kept(
+    run:Path, # folder of a run, or a checkpoint
+    path:Path, # where its weights are to go
+):
+    "Raises `UserError` if the export would replace what is no export: a file of the run, or another text where the model card goes."
+    card = path.with_suffix(".md")
+    if path.name in ("last.pt", "best.pt", "record.json", "curve.csv") or path.resolve() == run.resolve():
+        raise UserError(f"{path} is a file of a run: name the weight file otherwise")
+    if card.exists() and not card.read_text(errors="replace").startswith(f"# {path.name}\n"):
+        raise UserError(f"{card}, where the model card goes, is there already and is another text: name the weight file otherwise")
+
 def export_backbone(
     method, # a finished run's folder, checkpoint, method (`lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
     path=None, # the file to write; in a run's folder by default, named after the checkpoint if that is given
@@ -295,6 +306,7 @@ def export_backbone(
         raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as "
                         f"{Path(path).with_suffix(suffix).name}")
     check_place(path)
+    if run: check_kept(run, Path(path))
     if run: method = run_backbone(run)[0]
     backbone = getattr(method, "backbone", method)
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
@@ -330,10 +342,11 @@ def model_card(
 )->str: # Markdown
     "What a weight file holds and how it came about: recipe, data, numbers, commit."
     from lewel.results import read_record, read_records
-    r = read_record(run)
+    r, weights = read_record(run), weights_fingerprint(run_backbone(run)[0])
     data, hardware, labels = r["data"], r["hardware"], "" if r["method"] == "supervised" else " without labels"
     folders = Path(run), Path(run).resolve().parent.parent/"evaluations"          # where `make reproduce` puts them
-    judged = [e for folder in folders for e in read_records(folder) if e["kind"] == "evaluation" and r["id"] in e["builds_on"]]
+    judged = [e for folder in folders for e in read_records(folder) if e["kind"] == "evaluation" and r["id"] in e["builds_on"]
+              and e.get("weights", weights) == weights]      # not those of a run of the same id that was there before
     lines = [f"# {file}",
              f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, "
              f"pretrained with {r['method']}{labels}.",

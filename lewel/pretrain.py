@@ -28,7 +28,7 @@ from .checkpoint import check_same_run, load_checkpoint, restore, save_checkpoin
 from .data import ImageSet, has_split, open_data
 from .diagnostics import diagnose, measure
 from .evaluate.knn import extract_features, frozen, knn_accuracy
-from .interop import start_from
+from .interop import commit_words, start_from
 from .methods import Losses, Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
 from .paper import Recipe, get_recipe, recipe_name, views_of
@@ -287,7 +287,8 @@ class Checkpoints(Callback):
         every_minutes:float=5., # minutes between two saves
     ):
         self.out, self.fingerprint, self.builds_on, self.signals, self.precision = Path(out), fingerprint, builds_on, signals, precision
-        self.every_steps, self.every_minutes, self.saved, self.git = every_steps, every_minutes, time.time(), code_state()
+        self.every_steps, self.every_minutes, self.saved = every_steps, every_minutes, time.time()
+        self.git, self.earlier_git = code_state(), []
 
     def save(self, *names, epoch):
         """Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond;
@@ -307,7 +308,8 @@ class Checkpoints(Callback):
             save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader),
                             self.model, self.opt.opt, self.precision.scaler, data=self.fingerprint,
                             images=self.loader.images.name, builds_on=self.builds_on,
-                            accumulate=self.learn.accumulate, git=self.git, curve=curve.rows, seconds=curve.seconds,
+                            accumulate=self.learn.accumulate, git=self.git, earlier_git=self.earlier_git,
+                            curve=curve.rows, seconds=curve.seconds,
                             warned=sorted(curve.warned), best=best, skipped=list(skipped))
         write_curve(self.out, curve.rows)
 
@@ -334,6 +336,9 @@ def load(self:Checkpoints,
     if state["data"] != self.fingerprint:
         raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
     restore(state, learn.model, learn.opt.opt, self.precision.scaler)
+    self.earlier_git = [git for git in (*state.get("earlier_git", []), state["git"]) if git != self.git]
+    if state["git"] != self.git and world()[0] == 0:
+        warn(f"{self.out/'last.pt'} was made by {commit_words(state['git'])}: the record will name that beside today's")
     if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
     learn.first_epoch, learn.step = state["epoch"], state["epoch"]*len(learn.loader) + state["step"]
@@ -433,6 +438,7 @@ def pretrain_record(
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds,
                   peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate,
                   compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
+    if learn.checkpoints.earlier_git: record["earlier_git"] = learn.checkpoints.earlier_git      # of processes that this one went on for
     return dict(id=run_id(record), **record)
 
 # %% ../nbs/17_pretrain.ipynb #4a6d208a
@@ -586,7 +592,8 @@ def pretrain(
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             check_space(out, method)
             train(learn, progress)
-        return from_first_rank(lambda: write_record(out, pretrain_record(learn, images, fingerprint, device, scale, builds_on, compile)))
+            record = pretrain_record(learn, images, fingerprint, device, scale, builds_on, compile)
+            return from_first_rank(lambda: write_record(out, record))
 
 # %% ../nbs/17_pretrain.ipynb #31b0f0c3
 class StopAt(Callback):

@@ -30,7 +30,7 @@ class Stopped(Exception):
         super().__init__(f"stopped by {by}; saved {path}: the same command goes on from there")
         self.exit_code = 128 + signum
 
-overdue = [] # SIGALRM, when the time budget of this process is used up
+overdue = [] # SIGALRM, when the time budget of this process is used up; SIGTERM, when it came too late for a training to act on it
 
 def time_budget(
     minutes:float, # from now; 0: no limit
@@ -52,12 +52,15 @@ def noting_signals():
     noted = list(overdue)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
     def note(signum, frame):
+        if signum == signal.SIGALRM: overdue.append(signum)
         if not noted and signum != signal.SIGALRM:
             # at once, since a step may take long
             os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves\n".encode())
         noted.append(signum)
     old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    try: yield noted
+    try:
+        yield noted
+        if signal.SIGTERM in noted and not overdue: overdue.append(signal.SIGTERM)     # for whatever is next in this process
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
@@ -90,7 +93,7 @@ def peak_memory_mb(
 )->float: # MiB: of the device, or of this process on the CPU
     "Peak memory so far: on a GPU since `forget_peak_memory`, on the CPU since the process began."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == "darwin" else 2**10)      # KiB but on a Mac
 
 def forget_peak_memory(
     device:torch.device, # where it will run
@@ -207,6 +210,8 @@ def lock_output(
         except OSError: return lock               # a file system that has no locks
         if (out/".lock").exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(out/".lock")): return lock
 
+_held = set() # folders that this process holds
+
 @contextmanager
 def held_output(
     out:Path, # folder of the run
@@ -214,12 +219,15 @@ def held_output(
     "Within it, the folder is ours. Of several processes the first locks it, and all raise the `UserError` if it cannot."
     lock = refused = None
     if world()[0] == 0:
-        try: lock = lock_output(out)
+        try:
+            if out.resolve() in _held: raise UserError(f"this process is writing to {out} already: choose another output folder")
+            lock = lock_output(out); _held.add(out.resolve())
         except UserError as e: refused = str(e)
     if refused := from_first_rank(lambda: refused): raise UserError(refused)
     try: yield
     finally:
         if lock:
+            _held.discard(out.resolve())
             (out/".lock").unlink(missing_ok=True)
             with suppress(OSError): out.rmdir()   # nothing was written
             lock.close()

@@ -135,7 +135,12 @@ def synchronize_norms(
     module:nn.Module, # its BatchNorms are replaced
     device, # on which it will run
 )->nn.Module: # `module`, with the same parameters and names
-    "Synchronized BatchNorm everywhere: torch's on CUDA, ours elsewhere."
+    """Synchronized BatchNorm everywhere: torch's on CUDA, ours elsewhere.
+    Raises `UserError` for a BatchNorm that does more than torch's, such as timm's with an activation."""
+    plain = _BatchNorm.forward, SyncBatchNorm.forward, nn.SyncBatchNorm.forward
+    if other := {type(m).__name__ for m in module.modules() if isinstance(m, _BatchNorm) and type(m).forward not in plain}:
+        raise UserError(f"several processes: {min(other)} is no plain BatchNorm, so that it cannot be synchronized: "
+                        "use another backbone, an EMAN target (--option target_norm=eman), or one process")
     if torch.device(device).type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for m in module.modules():
         if isinstance(m, _BatchNorm): m.__class__ = SyncBatchNorm

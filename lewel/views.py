@@ -455,6 +455,7 @@ class StreamedSteps(Dataset):
 def outlive_signals(worker):
     "Workers ignore Ctrl-C, and go on for half a minute after a SIGTERM."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)      # a copy of the process has its handlers
     signal.signal(signal.SIGTERM, lambda *args: signal.alarm(30))
 
 @patch

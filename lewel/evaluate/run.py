@@ -23,7 +23,7 @@ from .knn import KNN, evaluate_knn
 from .linear import LINEAR, check_cache, evaluate_linear
 from .segmentation import SEGMENTATION, evaluate_segmentation
 from .semi import SEMI, evaluate_semi, labelled_part, recorded, with_lists
-from ..interop import load_backbone
+from ..interop import load_backbone, weights_fingerprint
 from ..masks import open_masks
 from ..methods import check_kind
 from ..paper import recipes
@@ -218,10 +218,11 @@ def run_protocols(
     scale:str, # the evaluation belongs to
     out:Path, # folder of the record, locked
     identity:str, # of the record to come
+    weights:str, # fingerprint of the backbone
     workers:int, # processes or threads that decode files
 )->Partial: # with all the numbers
     "Run the protocols that are not done yet, after the checks of all. Raises `Stopped`."
-    partial, jobs = Partial(out, identity), {}
+    partial, jobs = Partial(out, f"{identity} {weights}"), {}
     for n in (n for n in settings if n not in partial.done):
         title = f"{info['method']} seed {info['seed']} | {n}, scale {scale}, {identity}"
         jobs[n] = (net, *sets[protocols[n].sets], settings[n],
@@ -277,19 +278,21 @@ def evaluate(
         openers = dict.fromkeys(protocols[n].sets for n in names)
         sets = {opener: opener(data, size, strict) for opener in openers}
         record = describe(info, info.get("backbone", backbone or "resnet50"), size, settings, scale, sets)
-        identity = run_id(record)
-        if (out/"record.json").exists() and read_record(out)["id"] == identity: return read_record(out)
+        identity, weights = run_id(record), weights_fingerprint(net)
+        if (out/"record.json").exists() and (kept := read_record(out))["id"] == identity:
+            if kept.get("weights", weights) == weights: return kept
+            warn(f"{out} has an evaluation of the same run with other weights: it is made again")
         if "epochs" in info: record["checkpoint"] = checkpoint_facts(start)
         for train, test in sets.values():
             print(f"{info['method']} seed {info['seed']} | {len(train):,} images of {train.name} to learn from, "
                   f"{len(test):,} of {test.name} to judge by{'' if preset else f', preset {chosen}'}", flush=True)
         forget_peak_memory(device)
-        with held_output(out): partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, workers)
+        with held_output(out): partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, weights, workers)
         # what is streamed has only now been read
         skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
         record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
         set_aside(out)
-        written = write_record(out, dict(id=identity, metrics={k: v for n in names for k, v in partial.done[n].items()},
+        written = write_record(out, dict(id=identity, weights=weights, metrics={k: v for n in names for k, v in partial.done[n].items()},
                                          seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds,
                                          peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
         partial.path.unlink(missing_ok=True)
