@@ -285,7 +285,8 @@ def put_aside(
     Raises `UserError` if something is there already, or if they have been added to (`adopt`)."""
     results, aside = Path(results), published_copy(results)
     if (results/"marks/adopted").exists():
-        raise UserError(f"{results} came with the repository, and was added to: go on with KEEP=1, or move it away to compute all of it again")
+        raise UserError(f"{results} came with the repository, and was added to: go on with KEEP=1, "
+                        "or move it away to compute all of it again")
     if (results/"marks").exists() or not (results/"notebooks").exists(): return False
     if aside.exists():
         raise UserError(f"{results} has results but no marks of the jobs that made them, and {aside} exists: move one of them away")
@@ -294,7 +295,7 @@ def put_aside(
     (aside/".lock").rename(results/".lock")
     return True
 
-# %% ../nbs/32_experiments.ipynb #07f3c7da
+# %% ../nbs/32_experiments.ipynb #96b11234
 def job_records(
     settings:Settings, # scale, seeds and where the data is
 ): # yields (mark, mark of the training that it needs or None, data, dict: folder of a record -> part of its recipe)
@@ -362,7 +363,7 @@ def adopt(
         return []
     done, new = finished_jobs(results, settings), results/".marks"
     shutil.rmtree(new, ignore_errors=True)
-    for mark in [*done, "adopted"]: atomic_write(new/mark, "done")        # pretraining before the evaluations, whose marks must not be older
+    for mark in [*done, "adopted"]: atomic_write(new/mark, "done")      # those of trainings first: others must not be older
     new.rename(marks)
     return done
 

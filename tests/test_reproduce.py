@@ -138,3 +138,21 @@ def test_published_results_can_be_added_to(tmp_path):
     assert (jobs["pretrain"], jobs["supervised"]) == ("4", "1"), err
     assert (jobs["evaluate"], jobs["evaluate_dense"]) == ("6", "6"), err
     assert {"table", "figure", "figure_alignment", "figure_conditions"} <= jobs.keys()
+
+def test_what_keep_would_do(tmp_path):
+    "KEEP=1 DRY_RUN=1 lists what a fourth seed needs; fewer seeds than there are records of are refused, and nothing is touched."
+    for name in "settings.ini", "experiments": (tmp_path/name).symlink_to(root/name)
+    shutil.copytree(root/"results/demo", tmp_path/"results/demo", ignore=shutil.ignore_patterns("marks", "*.pt"))
+    def files(): return {p: p.stat().st_mtime for p in (tmp_path/"results").rglob("*") if p.is_file() and p.name != ".lock"}
+    before = files()
+    def reproduce(**asked):
+        set_so = dict(PYTHONPATH=str(root), PYTHONWARNINGS="ignore", LEWEL_SCALE="demo", LEWEL_KEEP="1")
+        return subprocess.run([sys.executable, "experiments/reproduce.py", "--cores", "1"], cwd=tmp_path,
+                              capture_output=True, text=True, env=os.environ | set_so | asked)
+    done = reproduce(LEWEL_SEEDS="4", LEWEL_DRY_RUN="1")
+    assert done.returncode == 0 and done.stdout.startswith("Plan of scale demo, 4 seeds: 36 runs"), done.stdout[:300] + done.stderr
+    named = re.findall(r"^\S+?-s(\d)", done.stdout, re.M)
+    assert set(named) == {"3"} and "mocov2-s3:" in done.stdout, named
+    few = reproduce(LEWEL_SEEDS="2", LEWEL_DRY_RUN="0")
+    assert few.returncode == 2 and "would no longer be in the tables: with KEEP=1 ask for as many seeds" in few.stderr, few.stderr
+    assert files() == before

@@ -287,7 +287,8 @@ def evaluate(
             print(f"{info['method']} seed {info['seed']} | {len(train):,} images of {train.name} to learn from, "
                   f"{len(test):,} of {test.name} to judge by{'' if preset else f', preset {chosen}'}", flush=True)
         forget_peak_memory(device)
-        with held_output(out): partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, weights, workers)
+        with held_output(out):
+            partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, weights, workers)
         # what is streamed has only now been read
         skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
         record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
