@@ -624,6 +624,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lewel.paper.views_of': ('paper.html#views_of', 'lewel/paper.py')},
             'lewel.pretrain': { 'lewel.pretrain.Bars': ('pretrain.html#bars', 'lewel/pretrain.py'),
                                 'lewel.pretrain.Bars.after_batch': ('pretrain.html#bars.after_batch', 'lewel/pretrain.py'),
+                                'lewel.pretrain.Bars.before_fit': ('pretrain.html#bars.before_fit', 'lewel/pretrain.py'),
                                 'lewel.pretrain.Checkpoints': ('pretrain.html#checkpoints', 'lewel/pretrain.py'),
                                 'lewel.pretrain.Checkpoints.__init__': ('pretrain.html#checkpoints.__init__', 'lewel/pretrain.py'),
                                 'lewel.pretrain.Checkpoints.after_batch': ('pretrain.html#checkpoints.after_batch', 'lewel/pretrain.py'),

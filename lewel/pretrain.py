@@ -370,6 +370,10 @@ class Snapshots(Callback):
 # %% ../nbs/17_pretrain.ipynb #336cc603
 class Bars(ProgressCallback):
     "fastai's progress bars, with the smoothed loss every ten steps."
+    def before_fit(self):
+        super().before_fit()
+        self.mbar.update(0)         # a bar has to begin at its first step, which a resumed run is beyond
+
     def after_batch(self):
         self.pbar.update(self.iter + 1)
         if self.iter % 10 == 0: self.pbar.comment = f"{self.smooth_loss.item():.4f}"

@@ -153,6 +153,14 @@ def half(flat, tmp_path, train, callbacks):
     callbacks()
     return tmp_path/"out"
 
+def test_resume_in_a_terminal(flat, train, tmp_path, callbacks):
+    "With the bars that a terminal shows, too, a run goes on from a later epoch than its first."
+    callbacks(StopAt(8))
+    assert train(flat, tmp_path/"out").code == 143 and load_checkpoint(tmp_path/"out/last.pt")["epoch"] == 1
+    callbacks()
+    done = train(flat, tmp_path/"out", "--progress", "bars")
+    assert done.code == 0 and (tmp_path/"out/record.json").exists(), done.err
+
 @pytest.mark.parametrize("more, words", [(["--lr", 0.5], ["lr: 0.05 -> 0.5"]),
                                          (["--option", "groups=8"], ["groups", "8"]),
                                          (["--method", "byol"], ["method: 'lewel_b' -> 'byol'"]),
