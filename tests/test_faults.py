@@ -155,7 +155,7 @@ def half(flat, tmp_path, train, callbacks):
 
 def test_resume_in_a_terminal(flat, train, tmp_path, callbacks):
     "With the bars that a terminal shows, too, a run goes on from a later epoch than its first."
-    callbacks(StopAt(8))
+    callbacks(StopAt(4))
     assert train(flat, tmp_path/"out").code == 143 and load_checkpoint(tmp_path/"out/last.pt")["epoch"] == 1
     callbacks()
     done = train(flat, tmp_path/"out", "--progress", "bars")
