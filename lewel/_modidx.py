@@ -419,6 +419,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lewel.evaluate.run.evaluate': ('evaluate_run.html#evaluate', 'lewel/evaluate/run.py'),
                                     'lewel.evaluate.run.evaluation_sets': ('evaluate_run.html#evaluation_sets', 'lewel/evaluate/run.py'),
                                     'lewel.evaluate.run.mask_sets': ('evaluate_run.html#mask_sets', 'lewel/evaluate/run.py'),
+                                    'lewel.evaluate.run.options_of': ('evaluate_run.html#options_of', 'lewel/evaluate/run.py'),
                                     'lewel.evaluate.run.protocol_settings': ( 'evaluate_run.html#protocol_settings',
                                                                               'lewel/evaluate/run.py'),
                                     'lewel.evaluate.run.run_protocols': ('evaluate_run.html#run_protocols', 'lewel/evaluate/run.py'),

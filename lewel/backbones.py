@@ -95,6 +95,7 @@ def own_name(
     backbone:nn.Module, # of the user
 )->str: # such as "own:Net-3f2a9c"
     "What records call a module that has no name."
+    if isinstance(backbone, type): raise UserError(f"the backbone is the class {backbone.__name__}: give a module, an object of it")
     shapes = str([(name, tuple(t.shape)) for name, t in backbone.state_dict().items()])
     return f"own:{type(backbone).__name__}-{hashlib.sha256(shapes.encode()).hexdigest()[:6]}"
 
@@ -111,4 +112,5 @@ def create_backbone(
     if backbone not in resnets and find_spec("timm"):
         import timm
         if timm.is_model(backbone): return timm.create_model(backbone, num_classes=0, global_pool="")
-    return resnet_features(check_choice("backbone", backbone, ("small",) + resnets))
+    try: return resnet_features(check_choice("backbone", backbone, ("small",) + resnets))
+    except UserError as e: raise e if find_spec("timm") else UserError(f"{e}; for a model of timm: pip install timm") from None

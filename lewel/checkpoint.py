@@ -92,7 +92,8 @@ def check_same_recipe(
     "Raises `UserError` naming every setting that differs."
     changed = "; ".join(f"{k}: {old.get(k)!r} -> {v!r}" for k, v in asdict(new).items() if old.get(k) != v)
     if changed:
-        raise UserError(f"{path} was started with another recipe ({changed}); use the same settings to resume, or another output folder")
+        raise UserError(f"{path} was started with another recipe ({changed}); use the same settings to resume, or another output "
+                        "folder (into which --start may bring its backbone)")
 
 # %% ../nbs/14_checkpoint.ipynb #c30201ea
 def check_same_run(
@@ -132,7 +133,8 @@ def load_run(
     backbone=None, # the module it was trained with, if it was not one that the recipe names
 )->tuple: # (method, recipe, record)
     "Load a finished run. Raises `UserError` if there is none."
-    run = Path(run)
+    run = Path(run).expanduser()
+    if run.is_file(): raise UserError(f"{run} is a file: give the folder of its run, or load a checkpoint by lewel.checkpoint.load_method")
     remedies = {"last.pt": "train it with lewel-pretrain", "record.json": "it has not finished: call lewel-pretrain again "
                 f"with the same settings, or take its weights as they are from {run/'last.pt'}"}
     for name, remedy in remedies.items():

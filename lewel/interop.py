@@ -150,7 +150,7 @@ def fill_backbone(
     own = backbone.state_dict()
     counters = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith("num_batches_tracked")}
     state = counters | {k: v for k, v in state.items() if not k.startswith("fc.")}
-    check_tensors(state, own, f"{path} does not fit the backbone (name the one it is for)")
+    check_tensors(state, own, f"{path} does not fit the backbone (name the one it is for, by --backbone or backbone=; else it is resnet50)")
     backbone.load_state_dict(state)
     return backbone
 
@@ -161,13 +161,13 @@ def load_backbone(
     seed:int=0, # of "random", and of whatever is drawn later on
 )->tuple: # (backbone, dict: method, seed, size or None, builds_on; a file's also file, fingerprint; a checkpoint's epochs)
     "A backbone to evaluate, in evaluation mode, and what a record should say about it. Raises `UserError`."
-    info, file, content = dict(seed=seed, size=None, builds_on=[]), Path(start), None
-    if file.is_dir(): return run_backbone(start, backbone)
+    info, file, content = dict(seed=seed, size=None, builds_on=[]), Path(start).expanduser(), None
+    if file.is_dir(): return run_backbone(file, backbone)
     if str(start) != "random":
         if not file.is_file():
             raise UserError(f"nothing to start from at {start}: give the folder of a finished run, a weight file, or 'random'")
-        content = read_tensors(start)
-        if is_checkpoint(content): return run_backbone(start, backbone)
+        content = read_tensors(file)
+        if is_checkpoint(content): return run_backbone(file, backbone)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = create_backbone("resnet50" if backbone is None else backbone).eval()
@@ -300,7 +300,8 @@ def export_backbone(
 )->Path: # the file
     "Write the online backbone's weights for another library; those of a run with a model card beside them. Raises `UserError`."
     suffix, content = exporters[check_choice("format", format, export_formats)]
-    run = Path(method) if isinstance(method, (str, Path)) else None
+    run = Path(method).expanduser() if isinstance(method, (str, Path)) else None
+    path = path and Path(path).expanduser()
     if run and not path: path = run/f"backbone-{format}{suffix}" if run.is_dir() else run.parent/f"{run.stem}-{format}{suffix}"
     if run and Path(path).suffix == ".md":
         raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as "

@@ -331,7 +331,10 @@ def load(self:Checkpoints,
     monitor:Monitor=None, # changed in place
 )->int: # steps behind it
     "Go on from `last.pt`."
-    state = load_checkpoint(self.out/"last.pt")
+    try: state = load_checkpoint(self.out/"last.pt")
+    except UserError as e:
+        raise UserError(f"{e}. If it is damaged, copy best.pt over it, where there is one, to go on from the best epoch, "
+                        "or remove it to begin again") from e
     check_same_run(self.out/"last.pt", state, learn.recipe, self.builds_on, learn.accumulate)
     if state["data"] != self.fingerprint:
         raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
@@ -565,7 +568,8 @@ def pretrain(
 )->dict: # the run's record
     """Pretrain a method on images, in all processes of torchrun if it was started by it.
     Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."""
-    out, device, progress = Path(out), local_device(device), pick_progress(progress)
+    out, device, progress = Path(out).expanduser(), local_device(device), pick_progress(progress)
+    if not isinstance(recipe, Recipe): raise UserError(f"recipe={recipe!r}: give a recipe, such as lewel.paper.get_recipe('lewel_b')")
     check_least(workers=(workers, 0), log_every=(1 if log_every is None else log_every, 1), save_every=(save_every or 0, 0),
                 monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
     if device.type == "cpu": keep_freed_memory()

@@ -154,14 +154,14 @@ def test_cache_that_does_not_fit(labelled, tmp_path, run, monkeypatch):
                    "--option", f"cached_passes={few}", "--option", "epochs=2").code == 0
 
 def test_published_lists(labelled, tmp_path, run):
-    """--option labels_file: a missing list, one for two parts and an unknown name are refused before anything
+    """--option labels_file: a missing list, one for two parts and a protocol without labels are refused before anything
     is computed; the record names list and content, no folder."""
     file = tmp_path/"10percent.txt"
     file.write_text("a/000.png\nb/001.png\nb/002.png\n")
-    def evaluated(lists, out):
-        return run("evaluate", "random", "--data", labelled, "--protocol", "knn,semi" if out == "bad" else "semi",
+    def evaluated(lists, out, protocol="semi"):
+        return run("evaluate", "random", "--data", labelled, "--protocol", protocol,
                    *SMALL, "--option", f"labels_file={lists}", "--out", tmp_path/out)
-    refused(evaluated(f"none,{tmp_path}/none.txt", "bad"), "evaluate", "unknown option of knn")
+    refused(evaluated(f"none,{tmp_path}/none.txt", "bad", "knn"), "evaluate", "unknown option of knn")
     for lists, words in ((f"none,{tmp_path}/none.txt", "no list of labelled images at"),
                          (file, "names 1 for 2 parts of the labels (1%, 10%)")):
         refused(evaluated(lists, "out"), "evaluate", words)
