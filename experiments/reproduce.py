@@ -28,13 +28,15 @@ def main():
     evaluation_groups(settings); check_data(settings)
     published = published_copy(results)
     with only_one(results) as lock:
-        if {"-n", "--dry-run", "--dryrun"} & set(arguments): return snakemake(lock, *arguments)
+        if {"-n", "--dry-run", "--dryrun", "-h", "--help", "--version"} & set(arguments): return snakemake(lock, *arguments)
         if keep:
             done = adopt(results, settings)
             if done: print(f"{len(done)} jobs are taken over as done, by their records")
             if done and Path(".snakemake/incomplete").exists():     # what an earlier call left of jobs that are done now
                 snakemake(lock, "--cores", "1", "--quiet", "all", "--cleanup-metadata", *(f"{results}/marks/{mark}" for mark in done))
-        elif put_aside(results): print(f"the results that came with the repository are now in {published}; all is computed again")
+        elif put_aside(results):
+            print(f"the results that came with the repository are now in {published}; all is computed again "
+                  f"(to have them back: rm -r {results} && mv {published} {results})")
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
         code = snakemake(lock, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
                          "--quiet", "rules", "progress", "host", *arguments)

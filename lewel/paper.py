@@ -181,7 +181,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "default, again": dict(lewel_m=_rated),
     "lr-x0.5": dict(lewel_m=_rated),
     "lr-x2": dict(lewel_m=_rated, lewel_b=range(12, 20)),
-    "bfloat16": dict(lewel_m=_few, lewel_b=_few),
+    "bfloat16": dict(lewel_m=range(10, 26), lewel_b=_few),
     "epochs-x3": dict(lewel_m=_few, lewel_b=_few),
     "crops-from-0.2": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6": dict(lewel_m=_few, lewel_b=_few),
