@@ -4,10 +4,11 @@ Settings: settings.ini, or the environment; arguments go to Snakemake.
 With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing.
 With LEWEL_KEEP=1 results that came with the repository are kept and added to; else they are put aside and computed again."""
 import os, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 from lewel.core import UserError, read_failures
 from lewel.experiments import (adopt, check_data, evaluation_groups, finished_jobs, forget_failures, only_one,
-                               published_copy, put_aside, read_settings, write_page)
+                               published_copy, put_aside, read_settings, recorded_minutes, write_page)
 from lewel.results import compare_records, read_records
 
 def asked(name): return os.environ.get(name, "") not in ("", "0")
@@ -23,8 +24,10 @@ def main():
     settings, keep, arguments = read_settings(), asked("LEWEL_KEEP"), sys.argv[1:]
     results = Path("results")/settings.scale
     if asked("LEWEL_DRY_RUN"):
-        from lewel.cost import print_plan
-        return print_plan(settings, done=finished_jobs(results, settings) if keep else ())
+        from lewel.cost import placed, print_plan
+        asked_for = placed(settings)
+        return print_plan(settings, done=finished_jobs(results, asked_for) if keep else (),
+                          minutes=recorded_minutes(results, replace(asked_for, ablation_seeds=max(1, settings.ablation_seeds))))
     evaluation_groups(settings); check_data(settings)
     published = published_copy(results)
     with only_one(results) as lock:

@@ -7,9 +7,9 @@ __all__ = ['NUMBERS', 'CLASSES', 'builders', 'NO_MEMORY', 'trainings', 'SUSTAINE
            'multiply_adds', 'count_parameters', 'method_counts', 'classes_of', 'detector_size', 'detector_pass',
            'protocol_counts', 'process_peak_mb', 'measured', 'fresh', 'Lap', 'pretrain_briefly', 'noise_masks',
            'noise_boxes', 'evaluate_briefly', 'gpu_hours', 'take_twice', 'method_cost', 'training_images',
-           'protocol_cost', 'number', 'duration', 'memory_at', 'cost_report', 'data_plan', 'pretrain_work',
-           'evaluation_work', 'job', 'torchrun', 'run_plan', 'evaluations_of', 'evaluation_plan', 'ablation_plan',
-           'condition_plan', 'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
+           'protocol_cost', 'number', 'duration', 'memory_at', 'cost_report', 'data_plan', 'placed', 'pretrain_work',
+           'evaluation_work', 'job', 'torchrun', 'run_plan', 'evaluation_plan', 'ablation_plan', 'condition_plan',
+           'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
 # %% ../nbs/29_cost.ipynb #e6f6caf7
 import math, os, re, signal, time
@@ -500,6 +500,12 @@ def data_plan(
         out[section] = dict(name=name, gb=gb, where=where or f"'<{name}>'", missing=_missing(settings.scale, section, where))
     return out
 
+def placed(
+    settings:Settings, # whose scale
+)->Settings: # with a placeholder for each data set that they do not name
+    "Settings that can be planned with, also those whose data is missing."
+    return replace(settings, **{section: {settings.scale: d["where"]} for section, d in data_plan(settings).items()})
+
 # %% ../nbs/29_cost.ipynb #7d1991d4
 def pretrain_work(
     recipe:Recipe, # of pretraining
@@ -583,13 +589,6 @@ def run_plan(
                work=evaluation_work(["supervised"], s.scale, r), kept=stored, section="data")
 
 # %% ../nbs/29_cost.ipynb #0921d825
-def evaluations_of(
-    settings:Settings, # whose scale
-)->dict: # end of an evaluation's name -> (data, protocols, seeds)
-    "The evaluations of a scale, also those whose data is missing."
-    where = {section: {settings.scale: d["where"]} for section, d in data_plan(settings).items()}
-    return evaluation_groups(replace(settings, **where))
-
 def evaluation_plan(
     settings:Settings, # see `plan`
     seed:int,
@@ -601,7 +600,7 @@ def evaluation_plan(
         parts = len(protocols["semi"].presets[s.scale].parts) if name == "semi" else 1
         return parts*2*4*protocol_counts(name, s.scale, r.backbone, r.size)["trained"]/2**20
     for method in ("random", *recipes[s.scale], "supervised"):
-        for end, (data, names, seeds) in evaluations_of(s).items():
+        for end, (data, names, seeds) in evaluation_groups(placed(s)).items():
             if seed >= seeds: continue
             name = f"{method}-s{seed}{end}"
             command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'",
@@ -665,7 +664,8 @@ def _print_runs(rows):
         published = f" (lightly's such training: {r['minutes']/60:.2f} hours on an A6000)" if r["minutes"] else ""
         passing = f"{_gigabytes(r['passing_gb'])} while it runs" if r["passing_gb"] else ""
         disk, missing = _gigabytes(r["disk_gb"]) + passing, ", DATA MISSING" if r["missing"] else ""
-        print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{published}{disk}{missing}")
+        took = f", {number(r['took'])} minutes as recorded" if r["took"] else ""
+        print(f"{r['name']}: {number(r['gpu_hours'])} GPU-hours{published}{took}{disk}{missing}")
         for command in (*r["first"], r["command"]): print(f"    {command}")
 
 def _totals(rows): return sum(r["gpu_hours"] for r in rows), sum(r["disk_gb"] for r in rows)
@@ -675,6 +675,15 @@ def _print_ablations(extra):
     hours, gb = _totals(extra)
     print(f"\nThe ablations (Table 5) are not among them: ABLATION_SEEDS=1 adds {number(hours)} GPU-hours{_gigabytes(gb)} for\n")
     _print_runs(extra)
+
+def _print_recorded(rows, extra):
+    "What the records say of the time."
+    if not any(r["took"] for r in rows): return
+    def took(rows):
+        known = [r["took"] for r in rows if r["took"]]
+        return f"{number(sum(known))} minutes for {len(known)} of {len(rows)} runs"
+    print(f"\nAs recorded in the results that are here, one run after the other, without start-up: {took(rows)}"
+          f"{f', and {took(extra)} of the ablations of one seed' if extra else ''}.")
 
 def _print_totals(rows, extra, needs, sustained):
     "The data, and sums over all runs."
@@ -695,17 +704,21 @@ def print_plan(
     settings:Settings, # scale, seeds, device and where the data is
     sustained:float=SUSTAINED, # multiply-adds a second of one GPU, an assumption
     done=(), # marks of jobs to leave out, see `lewel.experiments.finished_jobs`
+    minutes:dict={}, # mark -> what the job takes, see `lewel.experiments.recorded_minutes`
 ):
     "Print the plan of a scale; nothing is run."
     s, needs = settings, {d["name"]: d for d in data_plan(settings).values()}
-    rows = [r for r in plan(s, sustained) if not any(f"/marks/{mark} " in r["command"] for mark in done)]
-    extra = [] if s.ablation_seeds else [r for r in plan(replace(s, ablation_seeds=1), sustained) if r not in rows]
+    marks = lambda r: re.search(r"/marks/(\S+)", r["command"])[1]
+    def listed(s): return [r | dict(took=minutes.get(marks(r))) for r in plan(s, sustained) if marks(r) not in done]
+    rows = listed(s)
+    extra = [] if s.ablation_seeds else [r for r in listed(replace(s, ablation_seeds=1)) if r not in rows]
     print(f"Plan of scale {s.scale}, {s.seeds} seed{'s' * (s.seeds > 1)}: {len(rows)} runs, none of them started.")
     if s.scale in GPUS: print(f"Where torchrun stands first, it trains on {GPUS[s.scale]} GPUs; the job after it finds the run finished.")
     print()
     _print_runs(rows)
     if extra: _print_ablations(extra)
     _print_totals(rows, extra, needs.values(), sustained)
+    _print_recorded(rows, extra)
 
 # %% ../nbs/29_cost.ipynb #0c188017
 def _on_noise(

@@ -7,12 +7,14 @@ __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIE
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
            'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason',
            'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'job_records',
-           'finished_jobs', 'adopt', 'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html',
-           'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
-           'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids', 'altered_pages']
+           'finished_jobs', 'recorded_minutes', 'adopt', 'markdown_html', 'picture_texts', 'plain_text',
+           'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text',
+           'pixels', 'notebook_shows', 'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids',
+           'altered_pages']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
 import base64, configparser, fcntl, html, io, json, os, re, shutil, sys, tempfile
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, zip_longest
@@ -349,6 +351,19 @@ def finished_jobs(
             raise UserError(f"{Path(mark).stem} needs the weights of {results/'runs'/Path(needed).stem}, and the repository has its "
                             "record only: ask for no more DENSE_SEEDS than there are of it, or leave out KEEP=1")
     return done
+
+def recorded_minutes(
+    results, # folder of a scale
+    settings:Settings, # what is asked for
+)->dict: # mark -> minutes, of the jobs of which any seed has records
+    "What a job takes by the records that are here, the mean over seeds."
+    taken, any_seed = defaultdict(list), lambda place: re.sub(r"-s\d+", "", place)
+    for folder in Path(results), published_copy(results):
+        for f in folder.rglob("record.json"):
+            taken[any_seed(f.parent.relative_to(folder).as_posix())].append(json.loads(f.read_text())["seconds"]/60)
+    means = {place: sum(minutes)/len(minutes) for place, minutes in taken.items()}
+    jobs = ((mark, [any_seed(place) for place in records]) for mark, *_, records in job_records(settings))
+    return {mark: sum(means[place] for place in places) for mark, places in jobs if means.keys() >= set(places)}
 
 def adopt(
     results, # folder of a scale, held by `only_one`

@@ -153,6 +153,7 @@ def test_what_keep_would_do(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("Plan of scale demo, 4 seeds: 36 runs"), done.stdout[:300] + done.stderr
     named = re.findall(r"^\S+?-s(\d)", done.stdout, re.M)
     assert set(named) == {"3"} and "mocov2-s3:" in done.stdout, named
+    assert re.search(r"as recorded .* minutes for 36 of 36 runs\.", done.stdout, re.I), done.stdout[-500:]     # by those of the other seeds
     few = reproduce(LEWEL_SEEDS="2", LEWEL_DRY_RUN="0")
     assert few.returncode == 2 and "would no longer be in the tables: with KEEP=1 ask for as many seeds" in few.stderr, few.stderr
     assert files() == before
