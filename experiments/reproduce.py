@@ -3,13 +3,17 @@ Settings: settings.ini, or the environment; arguments go to Snakemake.
 
 With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing.
 With LEWEL_KEEP=1 results that came with the repository are kept and added to; else they are put aside and computed again."""
-import os, subprocess, sys
+import os, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 from lewel.core import UserError, read_failures
 from lewel.experiments import (adopt, check_data, evaluation_groups, finished_jobs, forget_failures, only_one,
                                published_copy, put_aside, read_settings, recorded_minutes, write_page)
 from lewel.results import compare_records, read_records
+
+# arguments with which Snakemake runs no job
+ASKING = re.compile(r"-[a-zA-Z]*n[a-zA-Z]*|-[hvlSD]|--(help|version|dry-?run|(detailed-)?summary|dag|(rule|file)graph|d3dag"
+                    r"|lint|list.*|l[ciptu]|report(?!-after).*|unlock)")
 
 def asked(name): return os.environ.get(name, "") not in ("", "0")
 
@@ -31,12 +35,16 @@ def main():
     evaluation_groups(settings); check_data(settings)
     published = published_copy(results)
     with only_one(results) as lock:
-        if {"-n", "--dry-run", "--dryrun", "-h", "--help", "--version"} & set(arguments): return snakemake(lock, *arguments)
+        if any(ASKING.fullmatch(argument.split("=")[0]) for argument in arguments):
+            if keep and not (results/"marks").exists():
+                raise UserError("Snakemake does not know yet what KEEP=1 takes over as done: KEEP=1 DRY_RUN=1 lists what is left")
+            return snakemake(lock, *arguments)
         if keep:
             done = adopt(results, settings)
             if done: print(f"{len(done)} jobs are taken over as done, by their records")
-            if done and Path(".snakemake/incomplete").exists():     # what an earlier call left of jobs that are done now
-                snakemake(lock, "--cores", "1", "--quiet", "all", "--cleanup-metadata", *(f"{results}/marks/{mark}" for mark in done))
+            if done and any(Path(".snakemake/incomplete").glob("*")):     # what an earlier call left of jobs that are done now
+                places = (f"{results}/marks/{mark}" for mark in done)
+                if snakemake(lock, "--cores", "1", "--quiet", "all", "--cleanup-metadata", *places) == 130: return 130
         elif put_aside(results):
             print(f"the results that came with the repository are now in {published}; all is computed again "
                   f"(to have them back: rm -r {results} && mv {published} {results})")

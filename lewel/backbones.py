@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from .core import UserError, check_choice
@@ -96,6 +97,8 @@ def own_name(
 )->str: # such as "own:Net-3f2a9c"
     "What records call a module that has no name."
     if isinstance(backbone, type): raise UserError(f"the backbone is the class {backbone.__name__}: give a module, an object of it")
+    if any(map(is_lazy, backbone.state_dict(keep_vars=True).values())):
+        raise UserError(f"the backbone {type(backbone).__name__} has lazy layers: show it an image first, so that they know their shapes")
     shapes = str([(name, tuple(t.shape)) for name, t in backbone.state_dict().items()])
     return f"own:{type(backbone).__name__}-{hashlib.sha256(shapes.encode()).hexdigest()[:6]}"
 
@@ -108,7 +111,7 @@ def create_backbone(
     if backbone == "small": return small_resnet()
     if backbone.startswith("own:"):
         raise UserError(f"the backbone {backbone} is a module of your own: give it in Python, as backbone=, to "
-                        "pretrain, load_run or evaluate")
+                        "pretrain, load_run or evaluate; to export it give that method, load_run(RUN, module)[0]")
     if backbone not in resnets and find_spec("timm"):
         import timm
         if timm.is_model(backbone): return timm.create_model(backbone, num_classes=0, global_pool="")

@@ -695,7 +695,7 @@ def _print_totals(rows, extra, needs, sustained):
           "arithmetic only. To decode images and to launch kernels takes time as well. Training only, without the "
           "tests on the test sets.")
     print(f"Disk: {number(gb)} GB of checkpoints (last.pt and best.pt of every run; evaluations keep none, their states of at most "
-          f"{number(max(r['passing_gb'] for r in rows))} GB each are removed), {number(sum(d['gb'] for d in needs))} "
+          f"{number(max((r['passing_gb'] for r in rows), default=0))} GB each are removed), {number(sum(d['gb'] for d in needs))} "
           "GB of data, as far as its size is known.")
     if extra: print(f"With the ablations of one seed: {number(hours + more)} GPU-hours, {number(gb + more_gb)} GB of checkpoints.")
 

@@ -137,20 +137,24 @@ def image_size(
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"} # images, too
 
+def _files(folder, onerror=None):
+    "Paths of the files below `folder`, relative to it; hidden files and folders are left out."
+    for where, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        below = "" if Path(where) == Path(folder) else Path(where).relative_to(folder).as_posix() + "/"
+        yield from (below + f for f in files if not f.startswith("."))
+
+def _suffix(path): return os.path.splitext(path)[1].lower()
+
 def list_images(
     folder, # where to look, with everything below it
 )->list: # paths relative to `folder` with "/" between the parts, sorted
     "All the image files below `folder`; hidden files and folders are left out. Raises `UserError` for a folder that cannot be listed."
-    found, others = [], []
     def refuse(e): raise UserError(f"{e.filename} cannot be listed ({e.strerror}): make it readable, or move it away")
-    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        below = "" if Path(where) == Path(folder) else Path(where).relative_to(folder).as_posix() + "/"
-        files = [f for f in files if not f.startswith(".")]
-        found += [below + f for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS]
-        others += [below + f for f in files if os.path.splitext(f)[1].lower() in NOT_READ]
-    if others: warn(f"{len(others)} files in {folder} are not read, such as {min(others)}: convert them to JPEG or PNG to have them, too")
-    return sorted(found)
+    files = sorted(_files(folder, refuse))
+    if others := [f for f in files if _suffix(f) in NOT_READ]:
+        warn(f"{len(others)} files in {folder} are not read, such as {others[0]}: convert them to JPEG or PNG to have them, too")
+    return [f for f in files if _suffix(f) in EXTENSIONS]
 
 # %% ../nbs/01_data.ipynb #af1edfee
 class FolderSet(ImageSet):
@@ -285,7 +289,8 @@ def _check_split_names(root):
     "Raises `UserError` if a folder may be a split or a class: it has a split's name, and stands alone beside others with images."
     named = [f for f in (split_folder(root, s) for s in SPLITS) if f]
     if len(named) != 1: return
-    others = [f for f in sorted(root.iterdir()) if f.is_dir() and f != named[0] and not f.name.startswith(".") and list_images(f)]
+    others = [f for f in sorted(root.iterdir()) if f.is_dir() and f != named[0] and not f.name.startswith(".")
+              and any(_suffix(path) in EXTENSIONS for path in _files(f))]        # what cannot be listed there does not matter
     if others:
         raise UserError(f"{named[0]} may be a split or a class, since {others[0].name} beside it holds images, too: "
                         f"give {named[0]} to use it alone, or rename it if it is a class")

@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIE
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
            'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason',
            'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'job_records',
-           'finished_jobs', 'recorded_minutes', 'adopt', 'markdown_html', 'picture_texts', 'plain_text',
+           'named_after', 'finished_jobs', 'recorded_minutes', 'adopt', 'markdown_html', 'picture_texts', 'plain_text',
            'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text',
            'pixels', 'notebook_shows', 'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids',
            'altered_pages']
@@ -325,19 +325,30 @@ def job_records(
         yield f"{name}.conditioned", None, "scenes", both(f"conditions/{name}", recipe)
 
 # %% ../nbs/32_experiments.ipynb #2ee9083a
+def named_after(
+    name:str, # of a set, in a record
+    data:str, # as settings name it
+)->bool:
+    "Whether a set may be what settings name: records know no places, only names."
+    from lewel.masks import voc_root
+    folder = Path(data).expanduser()
+    stems = [folder.resolve().name, *["imagenette2"]*(data == "imagenette"), *["voc2012"]*bool(voc_root(folder))]
+    return any(name == stem or name.startswith(f"{stem}-") for stem in stems)
+
 def finished_jobs(
     results, # folder of a scale
     settings:Settings, # what is asked for
 )->list: # marks
     "The jobs whose records are there, all of them and as they would be made now. Raises `UserError` if one cannot be added to."
+    from lewel.results import read_record
     results, done, asked, marks = Path(results), [], set(), []
     for mark, needed, data, records in job_records(settings):
         marks.append((mark, needed)); asked |= records.keys()
         if not all((results/place/"record.json").exists() for place in records): continue
         for place, recipe in records.items():
-            record = json.loads((results/place/"record.json").read_text())
+            record = read_record(results/place)
             differs = [k for k, v in json.loads(json.dumps(recipe)).items() if record["recipe"].get(k) != v]
-            if Path(data).name not in record["data"]["name"]: differs.append("data")
+            if not all(named_after(part, data) for part in record["data"]["name"].split(" + ")): differs.append("data")
             if differs:
                 raise UserError(f"{results/place} was made with other settings ({', '.join(differs)}) than a seed would be now: "
                                 "the tables would mix them. Without KEEP=1 everything is computed again")
@@ -347,7 +358,8 @@ def finished_jobs(
         raise UserError(f"{results/left[0]} would no longer be in the tables: with KEEP=1 ask for as many seeds as there are, "
                         "or more (SEEDS, DENSE_SEEDS, ABLATION_SEEDS), and for the same data")
     for mark, needed in marks:
-        if mark not in done and needed in done and not (results/"runs"/Path(needed).stem/"last.pt").exists():
+        weights = [results/"runs"/Path(needed).stem/name for name in ("last.pt", "backbone.pth")] if needed else []
+        if mark not in done and needed in done and not any(f.exists() for f in weights):
             raise UserError(f"{Path(mark).stem} needs the weights of {results/'runs'/Path(needed).stem}, and the repository has its "
                             "record only: ask for no more DENSE_SEEDS than there are of it, or leave out KEEP=1")
     return done
@@ -357,10 +369,11 @@ def recorded_minutes(
     settings:Settings, # what is asked for
 )->dict: # mark -> minutes, of the jobs of which any seed has records
     "What a job takes by the records that are here, the mean over seeds."
+    from lewel.results import read_record
     taken, any_seed = defaultdict(list), lambda place: re.sub(r"-s\d+", "", place)
     for folder in Path(results), published_copy(results):
         for f in folder.rglob("record.json"):
-            taken[any_seed(f.parent.relative_to(folder).as_posix())].append(json.loads(f.read_text())["seconds"]/60)
+            taken[any_seed(f.parent.relative_to(folder).as_posix())].append(read_record(f)["seconds"]/60)
     means = {place: sum(minutes)/len(minutes) for place, minutes in taken.items()}
     jobs = ((mark, [any_seed(place) for place in records]) for mark, *_, records in job_records(settings))
     return {mark: sum(means[place] for place in places) for mark, places in jobs if means.keys() >= set(places)}
@@ -369,16 +382,20 @@ def adopt(
     results, # folder of a scale, held by `only_one`
     settings:Settings, # what is asked for
 )->list: # marks of the jobs that count as done
-    "Give the results that came with the repository the marks of jobs that are done. Raises `UserError` as `finished_jobs` does."
+    """Give the results that came with the repository the marks of jobs that are done; later calls check them again.
+    Raises `UserError` as `finished_jobs` does."""
     results, marks, aside = Path(results), Path(results)/"marks", published_copy(results)
-    if marks.exists():
-        if aside.exists():
-            raise UserError(f"{results} is being computed here, and what came with the repository is in {aside}: "
-                            "to add to that, remove the first and move the second back to its place")
-        return []
+    if marks.exists() and aside.exists():
+        raise UserError(f"{results} is being computed here, and what came with the repository is in {aside}: "
+                        "to add to that, remove the first and move the second back to its place")
+    earlier = marks/"adopted"
+    if marks.exists() and not earlier.exists(): return []       # all of it was made here: Snakemake knows how
     done, new = finished_jobs(results, settings), results/".marks"
+    if earlier.exists(): return earlier.read_text().split()
+    if not done: return []
     shutil.rmtree(new, ignore_errors=True)
-    for mark in [*done, "adopted"]: atomic_write(new/mark, "done")      # those of trainings first: others must not be older
+    for mark in done: atomic_write(new/mark, "done")            # those of trainings first: others must not be older
+    atomic_write(new/"adopted", "\n".join(done))
     new.rename(marks)
     return done
 

@@ -8,7 +8,7 @@ __all__ = ['head_parts', 'official_parts', 'numpy_numbers', 'detectron2_parts', 
            'optional', 'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone',
            'run_backbone', 'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name', 'torch_file',
            'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'check_kept', 'export_backbone',
-           'bullets', 'commit_words', 'model_card', 'checkpoint_card']
+           'bullets', 'commit_words', 'judges', 'model_card', 'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
 import errno, hashlib, importlib, os, pickle, tempfile
@@ -134,7 +134,8 @@ def weights_fingerprint(
 )->str: # 16 hex digits
     "SHA-256 over the names and values of a module's state: equal weights have equal fingerprints, whatever file they came in."
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items(): digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/10_interop.ipynb #55c863cd
@@ -288,10 +289,14 @@ def check_kept(
 ):
     "Raises `UserError` if the export would replace what is no export: a file of the run, or another text where the model card goes."
     card = path.with_suffix(".md")
-    if path.name in ("last.pt", "best.pt", "record.json", "curve.csv") or path.resolve() == run.resolve():
+    inside = path.resolve().parent == (run if run.is_dir() else run.parent).resolve()
+    if inside and path.name in ("last.pt", "best.pt", "backbone.pth", "record.json", "curve.csv") or path.resolve() == run.resolve():
         raise UserError(f"{path} is a file of a run: name the weight file otherwise")
-    if card.exists() and not card.read_text(errors="replace").startswith(f"# {path.name}\n"):
+    ours = card.exists() and card.read_text(errors="replace").startswith(f"# {path.name}\n")
+    if card.exists() and not ours:
         raise UserError(f"{card}, where the model card goes, is there already and is another text: name the weight file otherwise")
+    if path.exists() and not ours:
+        raise UserError(f"{path} is there already, without the card of an export: name the weight file otherwise, or remove it")
 
 def export_backbone(
     method, # a finished run's folder, checkpoint, method (`lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
@@ -336,6 +341,16 @@ def commit_words(
     return f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}"
 
 # %% ../nbs/10_interop.ipynb #7f8998db
+def judges(
+    evaluation:dict, # a record
+    weights:str, # fingerprint of a backbone
+    run, # where it comes from: the folder of a run, or else
+)->bool: # by the fingerprint, or, of a record that has none, by being younger than the run's
+    "Whether an evaluation is of these weights, and not of those of a run of the same id that was there before."
+    from lewel.results import read_record
+    if "weights" in evaluation: return evaluation["weights"] == weights
+    return not (Path(run)/"record.json").is_file() or evaluation["created"] >= read_record(run)["created"]
+
 def model_card(
     run, # folder of a finished run
     file:str, # name of the weight file
@@ -346,8 +361,8 @@ def model_card(
     r, weights = read_record(run), weights_fingerprint(run_backbone(run)[0])
     data, hardware, labels = r["data"], r["hardware"], "" if r["method"] == "supervised" else " without labels"
     folders = Path(run), Path(run).resolve().parent.parent/"evaluations"          # where `make reproduce` puts them
-    judged = [e for folder in folders for e in read_records(folder) if e["kind"] == "evaluation" and r["id"] in e["builds_on"]
-              and e.get("weights", weights) == weights]      # not those of a run of the same id that was there before
+    judged = [e for folder in folders for e in read_records(folder)
+              if e["kind"] == "evaluation" and r["id"] in e["builds_on"] and judges(e, weights, run)]
     lines = [f"# {file}",
              f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, "
              f"pretrained with {r['method']}{labels}.",

@@ -339,9 +339,9 @@ def load(self:Checkpoints,
     if state["data"] != self.fingerprint:
         raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
     restore(state, learn.model, learn.opt.opt, self.precision.scaler)
-    self.earlier_git = [git for git in (*state.get("earlier_git", []), state["git"]) if git != self.git]
-    if state["git"] != self.git and world()[0] == 0:
-        warn(f"{self.out/'last.pt'} was made by {commit_words(state['git'])}: the record will name that beside today's")
+    self.earlier_git = [git for git in (*state.get("earlier_git", []), state.get("git")) if git != self.git]
+    if state.get("git") != self.git and world()[0] == 0:
+        warn(f"{self.out/'last.pt'} was made by {commit_words(state.get('git'))}: the record will name that beside today's")
     if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
     learn.first_epoch, learn.step = state["epoch"], state["epoch"]*len(learn.loader) + state["step"]

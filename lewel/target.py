@@ -136,9 +136,11 @@ def synchronize_norms(
     device, # on which it will run
 )->nn.Module: # `module`, with the same parameters and names
     """Synchronized BatchNorm everywhere: torch's on CUDA, ours elsewhere.
-    Raises `UserError` for a BatchNorm that does more than torch's, such as timm's with an activation."""
+    Raises `UserError` for a BatchNorm that does more than torch's, such as timm's with an activation, or that
+    lacks a part of it."""
     plain = _BatchNorm.forward, SyncBatchNorm.forward, nn.SyncBatchNorm.forward
-    if other := {type(m).__name__ for m in module.modules() if isinstance(m, _BatchNorm) and type(m).forward not in plain}:
+    def differs(m): return type(m).forward not in plain or not (m.affine and m.track_running_stats and m.momentum is not None)
+    if other := {type(m).__name__ for m in module.modules() if isinstance(m, _BatchNorm) and differs(m)}:
         raise UserError(f"several processes: {min(other)} is no plain BatchNorm, so that it cannot be synchronized: "
                         "use another backbone, an EMAN target (--option target_norm=eman), or one process")
     if torch.device(device).type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(module)

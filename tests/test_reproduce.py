@@ -1,5 +1,5 @@
 "The graph of experiments: jobs, the lock, a cluster."
-import os, re, shlex, shutil, subprocess, sys
+import os, re, runpy, shlex, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from lewel.core import atomic_write
@@ -50,6 +50,12 @@ def test_a_job_without_its_folder_is_refused(tmp_path):
                         tmp_path/"mark", "seed=0")
     assert code == 2 and "needs the parameter out" in err and len(err.splitlines()) == 1
     assert not (tmp_path/"mark").exists()
+
+def test_arguments_that_run_nothing():
+    "With them results stay where they are."
+    asking = runpy.run_path(str(root/"experiments/reproduce.py"))["ASKING"].fullmatch
+    assert all(map(asking, "-n -np -pn --dry-run --dryrun --dag --rulegraph --summary -S -l --list-rules --lint --report -h".split()))
+    assert not any(map(asking, "-p -k -j4 --cores --keep-going --printshellcmds --profile --report-after-run --nolock".split()))
 
 def test_a_second_reproduction_is_refused():
     with only_one(root/"results"/"smoke"):
@@ -145,15 +151,21 @@ def test_what_keep_would_do(tmp_path):
     shutil.copytree(root/"results/demo", tmp_path/"results/demo", ignore=shutil.ignore_patterns("marks", "*.pt"))
     def files(): return {p: p.stat().st_mtime for p in (tmp_path/"results").rglob("*") if p.is_file() and p.name != ".lock"}
     before = files()
-    def reproduce(**asked):
+    def reproduce(*arguments, **asked):
         set_so = dict(PYTHONPATH=str(root), PYTHONWARNINGS="ignore", LEWEL_SCALE="demo", LEWEL_KEEP="1")
-        return subprocess.run([sys.executable, "experiments/reproduce.py", "--cores", "1"], cwd=tmp_path,
+        return subprocess.run([sys.executable, "experiments/reproduce.py", "--cores", "1", *arguments], cwd=tmp_path,
                               capture_output=True, text=True, env=os.environ | set_so | asked)
     done = reproduce(LEWEL_SEEDS="4", LEWEL_DRY_RUN="1")
     assert done.returncode == 0 and done.stdout.startswith("Plan of scale demo, 4 seeds: 36 runs"), done.stdout[:300] + done.stderr
     named = re.findall(r"^\S+?-s(\d)", done.stdout, re.M)
     assert set(named) == {"3"} and "mocov2-s3:" in done.stdout, named
     assert re.search(r"as recorded .* minutes for 36 of 36 runs\.", done.stdout, re.I), done.stdout[-500:]     # by those of the other seeds
+    nothing = reproduce(LEWEL_SEEDS="3", LEWEL_DRY_RUN="1")
+    assert nothing.returncode == 0 and nothing.stdout.startswith("Plan of scale demo, 3 seeds: 0 runs"), nothing.stderr
+    paper = reproduce(LEWEL_SCALE="paper", LEWEL_DRY_RUN="1")
+    assert paper.returncode == 0 and "COCO 2017, 20 GB: MISSING" in paper.stdout, paper.stderr
+    blind = reproduce("-np", LEWEL_SEEDS="4")
+    assert blind.returncode == 2 and "KEEP=1 DRY_RUN=1 lists what is left" in blind.stderr, blind.stderr
     few = reproduce(LEWEL_SEEDS="2", LEWEL_DRY_RUN="0")
     assert few.returncode == 2 and "would no longer be in the tables: with KEEP=1 ask for as many seeds" in few.stderr, few.stderr
     assert files() == before

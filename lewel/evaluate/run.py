@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['protocols', 'evaluation_sets', 'mask_sets', 'box_sets', 'Given', 'Protocol', 'protocol_settings', 'options_of',
-           'usual_preset', 'Partial', 'stopping_at_once', 'describe', 'checkpoint_facts', 'run_protocols', 'set_aside',
-           'evaluate']
+           'usual_preset', 'Partial', 'stopping_at_once', 'describe', 'checkpoint_facts', 'run_protocols', 'check_out',
+           'set_aside', 'evaluate']
 
 # %% ../../nbs/27_evaluate_run.ipynb #1423004d
-import json, signal, threading, time
+import itertools, json, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,11 +24,11 @@ from .knn import KNN, evaluate_knn
 from .linear import LINEAR, check_cache, evaluate_linear
 from .segmentation import SEGMENTATION, evaluate_segmentation
 from .semi import SEMI, evaluate_semi, labelled_part, recorded, with_lists
-from ..interop import load_backbone, weights_fingerprint
+from ..interop import judges, load_backbone, weights_fingerprint
 from ..masks import open_masks
 from ..methods import check_kind
 from ..paper import recipes
-from ..running import Stopped, check_least, forget_peak_memory, held_output, overdue, peak_memory_mb, pick_device
+from ..running import Stopped, check_least, forget_peak_memory, heard, held_output, overdue, peak_memory_mb, pick_device
 from ..results import code_state, environment, plain, read_record, run_id, write_record
 
 # %% ../../nbs/27_evaluate_run.ipynb #3cb0f5cd
@@ -188,6 +188,7 @@ def stopping_at_once(
         yield
     except KeyboardInterrupt:
         if not came: raise
+        heard()
         raise Stopped(came[0], kept if kept.exists() else "nothing") from None
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
@@ -253,14 +254,26 @@ def run_protocols(
     return partial
 
 # %% ../../nbs/27_evaluate_run.ipynb #24a01274
+def check_out(
+    out:Path, # folder for the record of an evaluation
+):
+    "Raises `UserError` if it is the folder of a training."
+    record = out/"record.json"
+    if (any((out/name).exists() for name in ("last.pt", "backbone.pth")) or
+        record.exists() and read_record(out).get("kind") != "evaluation"):
+        raise UserError(f"{out} is the folder of a run: give the evaluation one of its own, such as {out/'evaluation'}")
+
 def set_aside(
     out:Path, # folder of a record, or of one to come
+    identity:str, # of the one to come
 ):
-    "Rename a record that is there to ID.json, and say so."
+    "Rename a record that is there to ID.json (or ID-2.json, ...), and say so."
     if not (out/"record.json").exists(): return
-    kept = out/f"{read_record(out)['id']}.json"
+    earlier = read_record(out)["id"]
+    kept = next(p for i in itertools.count(1) if not (p := out/f"{earlier}{f'-{i}' if i > 1 else ''}.json").exists())
     (out/"record.json").rename(kept)
-    warn(f"another evaluation was in {out}: its record is now {kept}; give each evaluation its own --out to have both in tables")
+    advice = "" if earlier == identity else "; give each evaluation its own --out to have both in tables"
+    warn(f"another evaluation was in {out}: its record is now {kept}{advice}")
 
 # %% ../../nbs/27_evaluate_run.ipynb #8d548bea
 def evaluate(
@@ -282,9 +295,13 @@ def evaluate(
     Raises `UserError`, and `Stopped` on SIGTERM."""
     code_state()      # the record names the code as it is now
     names, data = ([names] if isinstance(names, str) else list(names)), tuple(data) if isinstance(data, list) else data
+    if not isinstance(start, (str, Path)):
+        raise UserError(f"start is a {type(start).__name__}: give the folder of a run or a weight file (of a module of your own "
+                        "with its backbone=), or 'random'")
     start, out = Path(start).expanduser() if str(start) != "random" else start, out and Path(out).expanduser()
-    if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2):
-        raise UserError(f"data is a {type(data).__name__}: give a folder, 'scenes', or a pair of sets (train, test)")
+    if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, Path))):
+        raise UserError(f"data is {data!r:.100}: give a folder, 'scenes', or a pair of sets (train, test)")
+    if not names: raise UserError(f"no protocol is named: choose from {', '.join(protocols)}")
     check_least(workers=(workers, 0), seed=(seed, 0), size=(size or 8, 8))
     def set_up(chosen): return options_of(names, chosen, options)
     set_up(preset or "imagenette")      # a mistake is told before anything is read
@@ -293,6 +310,7 @@ def evaluate(
     if out is None and not Path(start).is_dir():
         raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
     out, device = Path(out or Path(start)/"evaluation"), pick_device(device)
+    check_out(out)
     with stopping_at_once(out/"partial.json"):
         net, info = load_backbone(start, backbone, seed)
         chosen, size = preset or usual_preset(start, info), size or info["size"] or 224
@@ -302,7 +320,7 @@ def evaluate(
         record = describe(info, info.get("backbone", backbone or "resnet50"), size, settings, scale, sets)
         identity, weights = run_id(record), weights_fingerprint(net)
         if (out/"record.json").exists() and (kept := read_record(out))["id"] == identity:
-            if kept.get("weights", weights) == weights: return kept
+            if judges(kept, weights, start): return kept
             warn(f"{out} has an evaluation of the same run with other weights: it is made again")
         if "epochs" in info: record["checkpoint"] = checkpoint_facts(start)
         for train, test in sets.values():
@@ -311,12 +329,13 @@ def evaluate(
         forget_peak_memory(device)
         with held_output(out):
             partial = run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, weights, workers)
-        # what is streamed has only now been read
-        skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
-        record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
-        set_aside(out)
-        written = write_record(out, dict(id=identity, weights=weights, metrics={k: v for n in names for k, v in partial.done[n].items()},
-                                         seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds,
-                                         peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
-        partial.path.unlink(missing_ok=True)
-        return written
+            # what is streamed has only now been read
+            skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
+            record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
+            set_aside(out, identity)
+            metrics = {k: v for n in names for k, v in partial.done[n].items()}
+            written = write_record(out, dict(id=identity, weights=weights, metrics=metrics,
+                                             seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds,
+                                             peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
+            partial.path.unlink(missing_ok=True)
+            return written
