@@ -290,7 +290,7 @@ def check_kept(
     "Raises `UserError` if the export would replace what is no export: a file of the run, or another text where the model card goes."
     card = path.with_suffix(".md")
     inside = path.resolve().parent == (run if run.is_dir() else run.parent).resolve()
-    if inside and path.name in ("last.pt", "best.pt", "backbone.pth", "record.json", "curve.csv") or path.resolve() == run.resolve():
+    if inside and path.name in ("last.pt", "best.pt", "record.json", "curve.csv") or path.resolve() == run.resolve():
         raise UserError(f"{path} is a file of a run: name the weight file otherwise")
     ours = card.exists() and card.read_text(errors="replace").startswith(f"# {path.name}\n")
     if card.exists() and not ours:
