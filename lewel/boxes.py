@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'BoxSet', 'draw_masks', 'pack_objects', 'fit_box', 'draw_objects', 'scene_boxes', 'voc_number',
            'voc_objects', 'voc_folders', 'voc_names', 'voc_image', 'open_voc', 'coco_files', 'read_coco', 'coco_field',
-           'coco_shape', 'coco_object', 'coco_classes', 'coco_images', 'coco_rows', 'open_coco', 'open_boxes']
+           'check_ids', 'coco_shape', 'coco_object', 'coco_classes', 'coco_images', 'coco_rows', 'open_coco',
+           'open_boxes']
 
 # %% ../nbs/23_boxes.ipynb #caa097f0
 import copy, hashlib, json
@@ -16,8 +17,9 @@ import numpy as np, torch
 from fastcore.basics import patch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
-from .core import UserError, check_choice
+from .core import UserError, check_choice, warn
 from .data import EXTENSIONS, UnreadableImage, decode_image, image_size
+from .masks import read_lines
 
 # %% ../nbs/23_boxes.ipynb #12c62a95
 class BoxSet:
@@ -138,7 +140,8 @@ def fit_box(
     if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
         raise UserError(f"{told} leaves its image of {width} x {height} pixels: correct it, or give the image that was annotated")
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
-    return (x1, y1, x2, y2) if np.float32(x2) > np.float32(x1) and np.float32(y2) > np.float32(y1) else None
+    # a thinner one may be lost to rounding when the image is mirrored
+    return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) > 1e-3 else None
 
 # %% ../nbs/23_boxes.ipynb #91a09d6f
 COLORS = "#4dabf7", "#ff922b", "#51cf66", "#ff6b6b", "#b197fc", "#ffd43b", "#ffadd6", "#22d3ee", "#c0eb75", "#f06bff" # of classes, in turn
@@ -229,7 +232,7 @@ def voc_names(
     files = [f/"ImageSets"/"Main"/f"{split}.txt" for f in folders]
     for f in files:
         if not f.is_file(): raise UserError(f"{f} is missing: it lists the images of the {split} split, one name a line")
-    names = [(folder, line.split()[0]) for folder, f in zip(folders, files) for line in f.read_text().splitlines() if line.strip()]
+    names = [(folder, line.split()[0]) for folder, f in zip(folders, files) for line in read_lines(f) if line.strip()]
     if not names: raise UserError(f"{files[0]} is empty: it lists the images of the {split} split, one name a line")
     return names
 
@@ -271,8 +274,9 @@ def open_voc(
         kept = [(index[name], box, difficult) for name, box, difficult in found if box]
         labels, boxes, difficult = zip(*kept) if kept else ((), (), ())
         objects.append(pack_objects(size, boxes, labels, difficult=difficult))
-    return BoxSet([path for _, path, *_ in rows], objects, list(index), f"{root.resolve().name}-{split}",
-                  sum(box is None for *_, found in rows for _, box, _ in found))
+    dropped = sum(box is None for *_, found in rows for _, box, _ in found)
+    if dropped: warn(f"{root}, {split}: {dropped} boxes without area are left out")
+    return BoxSet([path for _, path, *_ in rows], objects, list(index), f"{root.resolve().name}-{split}", dropped)
 
 # %% ../nbs/23_boxes.ipynb #eef109ae
 def coco_files(
@@ -309,7 +313,19 @@ def coco_field(
 ):
     "A field's value; raises `UserError` if it is not there."
     if field not in entry: raise UserError(f"{where}: no field {field}: add it")
+    if isinstance(entry[field], (list, dict)) and field.endswith("id"):
+        raise UserError(f"{where}, {field}: {entry[field]} is no id: correct it")
     return entry[field]
+
+def check_ids(
+    ids:list, # of all entries of a list
+    where:str, # begins the message
+):
+    "Raises `UserError` for an id that is there twice, or ids of several kinds, which have no order."
+    if len(kinds := {type(i).__name__ for i in ids}) > 1: raise UserError(f"{where}: ids of the kinds {', '.join(sorted(kinds))}: use one")
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise UserError(f"{where}: the id {twice} is there twice: give each entry its own")
 
 # %% ../nbs/23_boxes.ipynb #84227ef0
 def coco_shape(
@@ -320,10 +336,14 @@ def coco_shape(
     "Check the mask of an annotation; raises `UserError`."
     if not segmentation: return None
     if isinstance(segmentation, dict):
-        counts = segmentation.get("counts", "")
+        counts = segmentation.get("counts")
         if segmentation.get("size") != list(size) or isinstance(counts, list) and sum(counts) != size[0]*size[1]:
             raise UserError(f"{where}, segmentation: run lengths for size {segmentation.get('size')} and an image of "
                             f"{list(size)} (height, width): they must agree")
+        try:
+            if isinstance(counts, list) and min(counts) < 0: raise ValueError("a length below 0")
+            draw_masks([segmentation], *size)
+        except Exception as e: raise UserError(f"{where}, segmentation: these run lengths cannot be drawn ({e}): correct them") from None
         return segmentation
     try: polygons = [np.array(p, dtype=np.float64) for p in segmentation]
     except (TypeError, ValueError): raise UserError(f"{where}, segmentation: not a list of polygons x, y, x, y, ...: correct it") from None
@@ -353,7 +373,9 @@ def coco_classes(
 )->dict: # id -> (index, name)
     "The classes of a COCO set; raises `UserError` if two files disagree."
     def names(data, file):
-        return {coco_field(c, "id", f"{file}, categories"): coco_field(c, "name", f"{file}, categories") for c in data["categories"]}
+        ids = [coco_field(c, "id", f"{file}, categories") for c in data["categories"]]
+        check_ids(ids, f"{file}, categories")
+        return dict(zip(ids, (coco_field(c, "name", f"{file}, categories") for c in data["categories"])))
     known = names(data if training in (None, file) else read_coco(training), training or file)
     for key, name in names(data, file).items():
         if known.get(key) != name:
@@ -373,11 +395,13 @@ def coco_images(
     for i, entry in enumerate(data["images"]):
         where = f"{file}, images[{i}]"
         key, name, height, width = (coco_field(entry, k, where) for k in ("id", "file_name", "height", "width"))
+        if not isinstance(name, str): raise UserError(f"{where}, file_name: {name!r} is no name: correct it")
         if not (isinstance(height, int) and isinstance(width, int)):
             raise UserError(f"{where}: height {height!r} and width {width!r} are not whole numbers: correct them")
         if name not in there and not (folder/name).is_file():
             raise UserError(f"{where}, file_name: {folder/name} is missing: add the image, or take it and its annotations out of the file")
         out[key] = folder/name, (height, width)
+    check_ids([entry["id"] for entry in data["images"]], f"{file}, images")
     return out
 
 # %% ../nbs/23_boxes.ipynb #c0bba079
@@ -414,6 +438,7 @@ def open_coco(
     (file, folder), training, data = found, coco_files(root, "train"), read_coco(found[0])
     classes, images = coco_classes(file, data, training and training[0]), coco_images(file, data, folder)
     rows, dropped = coco_rows(file, data, images, classes)
+    if dropped: warn(f"{file}: {dropped} boxes without area are left out")
     masks = all(shape is not None for row in rows.values() for *_, shape in row)
     def pack(size, row):
         boxes, labels, crowd, shapes = map(list, zip(*row)) if row else ([], [], [], [])

@@ -147,7 +147,8 @@ def fill_backbone(
     "Set all of a backbone's tensors from a file's content. Raises `UserError` naming those that are missing, left over or misshapen."
     state = state_tensors(content, path)
     for part in "online_net.backbone.", "backbone.":        # the authors' name, and ours
-        if any(k.startswith(part) for k in state): state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
+        if any(k.startswith(part) for k in state) and not any(k.startswith(part) for k in backbone.state_dict()):
+            state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
     own = backbone.state_dict()
     counters = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith("num_batches_tracked")}
     state = counters | {k: v for k, v in state.items() if not k.startswith("fc.")}
@@ -311,6 +312,7 @@ def export_backbone(
     if run and Path(path).suffix == ".md":
         raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as "
                         f"{Path(path).with_suffix(suffix).name}")
+    if not path: raise UserError("say where the weights go: path=FILE")
     check_place(path)
     if run: check_kept(run, Path(path))
     if run: method = run_backbone(run)[0]

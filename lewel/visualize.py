@@ -230,6 +230,7 @@ def map_agreement(
     maps2:torch.Tensor, # of another view, the same maps
 )->pd.DataFrame: # a row per map: correlations same_image, different_images; place_alone, share of variance over positions due to the place
     "Whether maps find the same in two views of an image."
+    if len(maps1) < 2: raise UserError("maps of one image: agreement is judged against those of another, so give at least two")
     one, two = (m.flatten(2).transpose(0, 1) for m in (maps1, maps2))           # n x B x positions
     def correlation(a, b):
         a, b = (F.normalize(x - x.mean(-1, keepdim=True), dim=-1) for x in (a, b))

@@ -6,8 +6,8 @@
 __all__ = ['DETECTION', 'RATIOS', 'BatchNorm', 'DETECTRON2_HEADS', 'DETECTRON2_CONVS', 'DetectionProtocol', 'layer_shapes',
            'RoIPool', 'C4Head', 'c4_parts', 'Pyramid', 'fpn_parts', 'proposal_network', 'detector', 'backbone_names',
            'training_image', 'batches_ahead', 'send_batch', 'detection_sgd', 'average_norms', 'train_detector',
-           'predict', 'show_detections', 'check_boxes', 'predict_all', 'evaluate_detection', 'detectron2_head',
-           'detectron2_names', 'detectron2_state']
+           'predict', 'show_detections', 'check_boxes', 'check_detection', 'predict_all', 'evaluate_detection',
+           'detectron2_head', 'detectron2_names', 'detectron2_state']
 
 # %% ../../nbs/25_evaluate_detection.ipynb #dcec3c10
 import copy, math, re
@@ -30,7 +30,7 @@ from torchvision.ops.poolers import LevelMapper
 from ..boxes import BoxSet, draw_objects
 from ..core import UserError, check_choice
 from ..data import Ahead
-from .ap import average_precision, voc07_average_precision
+from .ap import average_precision, ignored, voc07_average_precision
 from .finetune import StepSchedule, finetune, step_indices
 from .knn import frozen
 from .segmentation import CHILDREN
@@ -353,8 +353,19 @@ def check_boxes(
     if train.classes != test.classes:
         raise UserError(f"{train.name} has the classes {train.classes[:9]} and {test.name} {test.classes[:9]}: they "
                         "must be the same, in the same order")
-    if not any(len(test.target(i)["labels"]) for i in range(len(test))):
-        raise UserError(f"none of the {len(test)} images of {test.name} has a box: there is nothing to find")
+    if all(ignored(test.target(i)).all() for i in range(len(test))):
+        raise UserError(f"none of the {len(test)} images of {test.name} has a box that is neither a crowd nor difficult: "
+                        "there is nothing to find")
+
+def check_detection(
+    backbone:nn.Module, # to be fine-tuned
+    train:BoxSet, # to train on
+    test:BoxSet, # to test on
+    protocol:DetectionProtocol, # its kind
+):
+    "Raises `UserError` unless a detector can be built and trained, and there is something to find."
+    check_choice("detector", protocol.kind, ("c4", "fpn"))
+    layer_shapes(backbone); check_boxes(train, test); train.with_boxes()
 
 def predict_all(
     model:GeneralizedRCNN, # from `detector`
@@ -379,10 +390,11 @@ def evaluate_detection(
     workers:int=2, # threads that decode
 )->dict: # "box_ap", "box_ap50", "box_ap75" (COCO's); "voc07_ap", "voc07_ap50", "voc07_ap75" (what the papers report for VOC): percent
     "Fine-tune a detector on top of a backbone and test it. Raises `UserError`, and `Stopped` after saving when a signal came."
-    check_boxes(train, test)
-    torch.manual_seed(seed)
-    model = detector(backbone, len(train.classes), protocol)
-    train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)
+    check_detection(backbone, train, test, protocol)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = detector(backbone, len(train.classes), protocol)
+        train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)
     found, targets = predict_all(model, test), [test.target(i) for i in range(len(test))]
     if picture: save_figure(show_detections(test, found[:4], title), picture)
     measures = dict(box=average_precision, voc07=voc07_average_precision)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['coco', 'pyramid', 'little', 'INSTANCE', 'INSTANCE_2X', 'INSTANCE_C4', 'InstanceProtocol', 'C4MaskHeads',
-           'instance_detector', 'evaluate_instance']
+           'instance_detector', 'check_instance', 'evaluate_instance']
 
 # %% ../../nbs/26_evaluate_instance.ipynb #f945a7d2
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from ..boxes import BoxSet
 from ..core import UserError
 from .ap import average_precision, encode_masks
-from .detection import (DetectionProtocol, RoIPool, check_boxes, detector, predict, predict_all,
+from .detection import (DetectionProtocol, RoIPool, check_detection, detector, predict, predict_all,
                                       show_detections, train_detector)
 from ..visualize import save_figure
 
@@ -83,6 +83,19 @@ def instance_detector(
     return model
 
 # %% ../../nbs/26_evaluate_instance.ipynb #aa219160
+def check_instance(
+    backbone:nn.Module, # to be fine-tuned
+    train:BoxSet, # to train on
+    test:BoxSet, # to test on
+    protocol:InstanceProtocol, # its kind
+):
+    "Raises `UserError` as `check_detection`, and if an object has no mask."
+    check_detection(backbone, train, test, protocol)
+    for part in train, test:
+        if not part.has_masks:
+            raise UserError(f"not every object of {part.name} has a mask, which instance segmentation needs: give "
+                            "annotations with a segmentation, or evaluate detection")
+
 def evaluate_instance(
     backbone:nn.Module, # with torchvision's names; not changed
     train:BoxSet, # to train on, with masks
@@ -96,14 +109,11 @@ def evaluate_instance(
     workers:int=2, # threads that decode
 )->dict: # "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75": percent
     "Fine-tune a Mask R-CNN on top of a backbone and test it. Raises `UserError`, and `Stopped` after saving when a signal came."
-    check_boxes(train, test)
-    for part in train, test:
-        if not part.has_masks:
-            raise UserError(f"not every object of {part.name} has a mask, which instance segmentation needs: give "
-                            "annotations with a segmentation, or evaluate detection")
-    torch.manual_seed(seed)
-    model = instance_detector(backbone, len(train.classes), protocol)
-    train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)
+    check_instance(backbone, train, test, protocol)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = instance_detector(backbone, len(train.classes), protocol)
+        train_detector(model, train, protocol, seed, device or next(backbone.parameters()).device, title, state_file, workers)
     found = predict_all(model, test, lambda p: p | dict(masks=encode_masks(p["masks"])), chunk=4)
     targets = [test.target(i) for i in range(len(test))]
     if picture: save_figure(show_detections(test, predict(model, [test.image(i) for i in range(min(4, len(test)))]), title), picture)

@@ -172,7 +172,8 @@ def count_votes(
     num_classes:int, # larger than all labels
 )->torch.Tensor: # N x num_classes
     "The sum of the weights of each class."
-    weights = torch.ones_like(cosine) if temperature is None else (cosine/temperature).exp()
+    # relative to the nearest, whose vote is 1: exp(1/0.01) would be too much for float32
+    weights = torch.ones_like(cosine) if temperature is None else ((cosine - cosine.amax(1, keepdim=True))/temperature).exp()
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
 
 def knn_votes(

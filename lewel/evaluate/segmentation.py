@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEGMENTATION', 'CHILDREN', 'MEAN_COLOR', 'SegmentationProtocol', 'residual_blocks', 'dilate', 'FCN', 'pixel_loss',
            'draw_crops', 'cut_crop', 'crops_ahead', 'confusion', 'iou_metrics', 'predict_masks', 'judge',
-           'fit_segmentation', 'evaluate_segmentation', 'mask_colors', 'show_predictions']
+           'fit_segmentation', 'check_segmentation', 'evaluate_segmentation', 'mask_colors', 'show_predictions']
 
 # %% ../../nbs/22_evaluate_segmentation.ipynb #a507581b
 import copy
@@ -229,6 +229,20 @@ def fit_segmentation(
                     protocol.batch_size, state_file, identity)
 
 # %% ../../nbs/22_evaluate_segmentation.ipynb #73f00e11
+def check_segmentation(
+    backbone:nn.Module, # to be fine-tuned
+    train:MaskSet, # to train on
+    test:MaskSet, # to test on
+    protocol:SegmentationProtocol, # its output stride
+):
+    "Raises `UserError` unless the backbone is a ResNet that can be dilated, and the sets have the same classes and pixels to judge."
+    residual_blocks(backbone, protocol.output_stride)
+    if train.classes != test.classes:
+        raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; "
+                        f"{', '.join(test.classes)}): give both splits the same list")
+    if not any((test.mask(i) != IGNORE).any() for i in range(len(test))):
+        raise UserError(f"no pixel of the masks of {test.name} has a class: are these the right masks?")
+
 def evaluate_segmentation(
     backbone:nn.Module, # a ResNet with torchvision's names; not changed
     train:MaskSet, # to fine-tune on
@@ -237,19 +251,16 @@ def evaluate_segmentation(
     seed:int=0, # of the head's weights, the order and the crops
     device=None, # to work on; by default where the backbone is
     title:str="", # begins the lines of progress; empty: none are printed
-    state_file=None, # where to keep the state, to go on after an interruption; removed in the end
+    state_file=None, # where to keep the state, to go on after an interruption; the caller removes it
     picture=None, # PNG file to draw the first predictions into
     workers:int=2, # threads that prepare crops
 )->dict: # "miou" and "iou_CLASS", percent
-    "Fine-tune a backbone for segmentation and evaluate it; raises `UserError` if the two sets have different classes."
-    if train.classes != test.classes:
-        raise UserError(f"{train.name} and {test.name} have different classes ({', '.join(train.classes)}; "
-                        f"{', '.join(test.classes)}): give both splits the same list")
+    "Fine-tune a backbone for segmentation and evaluate it; raises `UserError` as `check_segmentation`."
+    check_segmentation(backbone, train, test, protocol)
     model = fit_segmentation(backbone, train, protocol, seed, device, title, state_file, workers)
     if title: print(f"{title} | evaluating on {len(test)} images", flush=True)
     metrics = judge(model, test)
     if picture: save_figure(show_predictions(model, test, range(min(6, len(test))), title), picture)
-    if state_file: Path(state_file).unlink(missing_ok=True)
     return metrics
 
 # %% ../../nbs/22_evaluate_segmentation.ipynb #824766ab

@@ -17,11 +17,11 @@ from torch import nn
 from ..backbones import num_features
 from ..core import UserError, atomic_write, check_choice
 from ..data import ImageSet, label_fraction
-from .finetune import StepSchedule, finetune
+from .finetune import StepSchedule, finetune, spent
 from .knn import center_batches, check_labels, frozen, topk_accuracy
 from .linear import batches_from
 from ..interop import load_backbone, weights_fingerprint
-from ..running import forget_peak_memory, peak_memory_mb
+from ..running import forget_peak_memory, held_output, peak_memory_mb
 from ..results import code_state, environment, read_record, run_id, write_record
 from ..views import ViewLoader, ViewRecipe, normalize
 
@@ -182,7 +182,8 @@ def fit_part(
 )->nn.Sequential: # in evaluation mode
     "Fine-tune a network on the labelled part of a set."
     model = classifier_on(backbone, classes, seed).to(device)
-    digest = hashlib.sha256(repr((weights_fingerprint(model), images.fingerprint(), part, protocol, size, seed)).encode()).hexdigest()[:16]
+    about = weights_fingerprint(model), images.fingerprint(), recorded(replace(protocol, parts=(part,))), size, seed
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     loss_of, steps = batch_loss(model, images, protocol, size, seed, device, workers, part.epochs)
     schedule = StepSchedule(part.epochs*steps, protocol.milestones, protocol.gamma)
     batch_size = min(protocol.batch_size, len(images))
@@ -215,7 +216,7 @@ def evaluate_semi(
     seed:int=0, # of the draw of labels, the classifier's weights, the order and the crops
     device=None, # to work on; by default where the backbone is
     title:str="", # begins the lines of progress; empty: none are printed
-    state_file=None, # keeps the state, to resume from; each part adds its percentage to the name; removed in the end
+    state_file=None, # keeps the state, to resume from; each part adds its percentage to the name; the caller removes them
     workers:int=2, # processes that decode files
 )->dict: # "semi1_top1", "semi1_top5", "semi10_top1", "semi10_top5": percent
     """Semi-supervised evaluation: the whole network fine-tuned on each part of the labels.
@@ -228,9 +229,7 @@ def evaluate_semi(
     for part, some, state in parts:
         model = fit_part(backbone, some, classes, part, protocol, size, seed, device, title and f"{title} {part.percent}%", state, workers)
         metrics |= {f"semi{part.percent}_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
-    for _, some, state in parts:
-        train.skipped += [p for p in some.skipped if p not in train.skipped]
-        if state: state.unlink(missing_ok=True)
+    for _, some, _ in parts: train.skipped += [p for p in some.skipped if p not in train.skipped]
     return metrics
 
 # %% ../../nbs/20_evaluate_semi.ipynb #25a9cfba
@@ -255,21 +254,26 @@ def train_supervised(
     """Train a network with all labels. Called again, it goes on where it was interrupted.
     Raises `UserError`, and `Stopped` when a signal came."""
     check_labels(train, "the training images"); check_labels(test, "the test images")
-    out, protocol, started = Path(out), SUPERVISED[check_choice("preset", preset, SUPERVISED)], time.time()
+    out, protocol = Path(out), SUPERVISED[check_choice("preset", preset, SUPERVISED)]
     data = dict(name=train.name, n=len(train), fingerprint=f"{train.fingerprint()} {test.fingerprint()}", skipped=[])
     record = dict(kind="pretrain", scale=scale, method="supervised", seed=seed,
                   recipe=dict(backbone=backbone, size=size, protocol=asdict(protocol)), builds_on=[], data=data)
     record["id"] = run_id(record)
-    if (out/"record.json").exists() and (out/"backbone.pth").exists() and read_record(out)["id"] == record["id"]: return read_record(out)
+    if (out/"last.pt").exists() or (out/"record.json").exists() and read_record(out)["id"] != record["id"]:
+        raise UserError(f"{out} is the folder of another run: choose another output folder")
+    if (out/"record.json").exists() and (out/"backbone.pth").exists(): return read_record(out)
     net, state_file, title, device = (load_backbone("random", backbone, seed)[0], out/"state.pt",
                                       f"supervised seed {seed}", torch.device(device))
     forget_peak_memory(device); code_state()      # the record names the code as it is now
-    model = fit_part(net, train, int(train.labels.max()) + 1, protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
-    metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
-    atomic_write(out/"backbone.pth", lambda f: torch.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, f))
-    seconds = time.time() - started
-    written = write_record(out, record | dict(metrics=metrics, seconds=seconds,
-                                              images_per_second=protocol.parts[0].epochs*len(train)/seconds,
-                                              peak_memory_mb=peak_memory_mb(device), **environment(device)))
-    state_file.unlink(missing_ok=True)
-    return written
+    with held_output(out):
+        started, classes = time.time() - spent(state_file), int(train.labels.max()) + 1
+        model = fit_part(net, train, classes, protocol.parts[0], protocol, size, seed, device, title, state_file, workers)
+        metrics = {f"supervised_{k}": v for k, v in classify(model, test, size, device, workers=workers).items()}
+        atomic_write(out/"backbone.pth", lambda f: torch.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, f))
+        seconds = time.time() - started
+        data |= dict(n=train.readable, skipped=sorted(train.skipped))
+        written = write_record(out, record | dict(metrics=metrics, seconds=seconds,
+                                                  images_per_second=protocol.parts[0].epochs*train.readable/seconds,
+                                                  peak_memory_mb=peak_memory_mb(device), **environment(device)))
+        state_file.unlink(missing_ok=True)
+        return written
