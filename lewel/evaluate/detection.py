@@ -388,7 +388,7 @@ def evaluate_detection(
     state_file=None, # for resuming, see `finetune`; the caller removes it
     picture=None, # PNG file to draw the first predictions into
     workers:int=2, # threads that decode
-)->dict: # "box_ap", "box_ap50", "box_ap75" (COCO's); "voc07_ap", "voc07_ap50", "voc07_ap75" (what the papers report for VOC): percent
+)->dict: # box_ap, box_ap50, box_ap75 (COCO's, difficult objects as crowds); voc07_ap, voc07_ap50, voc07_ap75 (the papers' for VOC): percent
     "Fine-tune a detector on top of a backbone and test it. Raises `UserError`, and `Stopped` after saving when a signal came."
     check_detection(backbone, train, test, protocol)
     with torch.random.fork_rng(devices=[]):

@@ -164,6 +164,8 @@ def protocol_settings(
         default = known[check_choice(f"option of {name}", k, known)]
         if v is None and k in may_be_none: continue
         check_kind(k, v, default); check_setting(f"option {k}={v!r} of {name}", k, v, default)
+    if name == "linear" and "epochs" in options:               # the milestones move with the end, unless they are given
+        options = dict(milestones=tuple(m*options["epochs"]/settings.epochs for m in settings.milestones)) | options
     settings = replace(settings, **options)
     last, unit = (settings.epochs, "epochs") if name == "linear" else (1, "fractions of the training")
     if any(not 0 < m <= last for m in getattr(settings, "milestones", ())):
