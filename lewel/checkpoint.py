@@ -7,7 +7,7 @@ __all__ = ['format_version', 'rng_state', 'set_rng_state', 'save_checkpoint', 'l
            'check_same_run', 'load_method', 'load_run']
 
 # %% ../nbs/14_checkpoint.ipynb #3b4a71c5
-import random
+import random, zipfile
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from .core import UserError, atomic_write
 from .interop import read_weights
 from .methods import create_method
 from .paper import Recipe
-from .results import read_record
+from .results import plain, read_record
 
 # %% ../nbs/14_checkpoint.ipynb #0db6f702
 def rng_state(
@@ -62,6 +62,9 @@ def load_checkpoint(
     path, # file that `save_checkpoint` wrote
 )->dict: # with the keys named there, on the CPU
     "Read a checkpoint. Raises `UserError` if it is not one, or of a format of the future."
+    path = Path(path).expanduser()
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():         # torch does not look
+        raise UserError(f"{path} is damaged: its contents do not have the checksums they were written with")
     state = read_weights(path)
     if not isinstance(state, dict) or "format" not in state: raise UserError(f"{path} is not a lewel checkpoint")
     if state["format"] > format_version:
@@ -90,7 +93,7 @@ def check_same_recipe(
     new:Recipe, # recipe asked for
 ):
     "Raises `UserError` naming every setting that differs."
-    changed = "; ".join(f"{k}: {old.get(k)!r} -> {v!r}" for k, v in asdict(new).items() if old.get(k) != v)
+    changed = "; ".join(f"{k}: {old.get(k)!r} -> {v!r}" for k, v in asdict(new).items() if plain(old.get(k)) != plain(v))
     if changed:
         raise UserError(f"{path} was started with another recipe ({changed}); use the same settings to resume, or another output "
                         "folder (into which --start may bring its backbone)")
@@ -106,11 +109,13 @@ def check_same_run(
     "Raises `UserError` naming what differs."
     check_same_recipe(path, old["recipe"], recipe)
     weights = lambda names: ", ".join(names) or "fresh weights"
-    changes = [("start", "started from", weights(old.get("builds_on", builds_on)), weights(builds_on)),
-               ("accumulate", "trained with accumulate", old.get("accumulate", accumulate), accumulate)]
-    for option, what, before, now in changes:
-        if before != now:
-            raise UserError(f"{path} was {what} {before}, not {now}; use the same {option} to resume, or another output folder")
+    same = lambda names: [name.split()[-1] for name in names]      # the fingerprint counts, whatever the file is called
+    changes = [("start", "started from", weights, same, old.get("builds_on", builds_on), builds_on),
+               ("accumulate", "trained with accumulate", str, int, old.get("accumulate", accumulate), accumulate)]
+    for option, what, words, key, before, now in changes:
+        if key(before) != key(now):
+            raise UserError(f"{path} was {what} {words(before)}, not {words(now)}; use the same {option} to resume, "
+                            "or another output folder")
 
 # %% ../nbs/14_checkpoint.ipynb #b66fd7a6
 def load_method(

@@ -26,7 +26,10 @@ class ImageSet:
         indices, # which images, in this order: ints, as a list, array or tensor
     )->"ImageSet": # a set of the same kind; this one stays as it is
         "The set reduced to `indices`, labels and all."
-        out, indices = copy.copy(self), torch.as_tensor(indices, dtype=torch.long)
+        out, indices = copy.copy(self), torch.as_tensor(indices)
+        if len(indices) and (indices.dtype == torch.bool or indices.is_floating_point()):
+            raise UserError(f"indices of {indices.dtype}: give whole numbers; of a mask, mask.nonzero().flatten()")
+        indices = indices.long()
         for name in self._rows:
             rows = getattr(self, name)
             if torch.is_tensor(rows): rows = rows[indices.to(rows.device)]
@@ -56,7 +59,10 @@ class MemorySet(ImageSet):
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}")
         if labels is not None:
-            labels = torch.as_tensor(labels, dtype=torch.long)
+            labels = torch.as_tensor(labels)
+            if labels.ndim != 1 or labels.is_floating_point():
+                raise UserError(f"labels must be N class indices, not {tuple(labels.shape)} of {labels.dtype}")
+            labels = labels.long()
             if len(labels) != len(images): raise UserError(f"{len(labels)} labels for {len(images)} images: give one label per image")
             if len(labels) and labels.min() < 0:
                 raise UserError(f"label {labels.min()}: labels are class indices from 0; leave images without a label out")
@@ -95,8 +101,10 @@ class UnreadableImage(Exception):
 def _opened(path):
     "Open an image for a `with` block; whatever goes wrong there is an `UnreadableImage`."
     try:
+        if not os.path.isfile(path) and os.path.exists(path): raise UnreadableImage("not a regular file")     # a pipe would be waited for
         with Image.open(path) as image: yield image
     except UnidentifiedImageError: raise UnreadableImage("not an image, or not even its header is whole")
+    except UnreadableImage: raise
     except Exception as e: raise UnreadableImage((str(e) or type(e).__name__).splitlines()[0]) from e
 
 def _turn(image):
@@ -134,13 +142,15 @@ def image_size(
     return (width, height) if turned else (height, width)
 
 # %% ../nbs/01_data.ipynb #788eee20
-EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".tga"}
 NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"} # images, too
 
 def _files(folder, onerror=None):
     "Paths of the files below `folder`, relative to it; hidden files and folders are left out."
     for where, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        here = os.path.realpath(where)
+        def loops(f): return os.path.islink(p := os.path.join(where, f)) and os.path.commonpath([t := os.path.realpath(p), here]) == t
+        folders[:] = [f for f in folders if not f.startswith(".") and not loops(f)]
         below = "" if Path(where) == Path(folder) else Path(where).relative_to(folder).as_posix() + "/"
         yield from (below + f for f in files if not f.startswith("."))
 
@@ -222,8 +232,11 @@ def fingerprint(
     self:FolderSet
 )->str: # 16 hex digits
     "SHA-256 over the paths and the sizes of the files, which is quick also where reading every byte is not."
-    lines = [f"{path}\t{(self.root/path).stat().st_size}\n" for path in self.paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    def size(path):
+        try: return path.stat().st_size
+        except OSError: return -1             # a link to nothing: skipped when it is read
+    lines = [f"{path}\t{size(self.root/path)}\n" for path in self.paths]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #bc29a225
 def _counted(iterable, total, what):
@@ -356,6 +369,7 @@ def open_data(
     train_classes:list|None=None, # see `open_folder`
 )->MemorySet|FolderSet: # in memory when all images have one size and fit
     "Open a data set; raises `UserError`."
+    if str(data) == "": raise UserError("the folder of the images has no name: is a variable empty?")
     if str(data) == "scenes":
         from lewel.scenes import scenes
         return scenes(split, size=size)

@@ -55,8 +55,9 @@ def read_weights(
     path, # a file that `torch.save` wrote
 )->dict: # what is in it
     "Read a weight file without running code from it. Raises `UserError` if it is not there or not readable."
-    if Path(path).is_dir(): raise UserError(f"{path} is a folder: give a file in it, of a run last.pt or best.pt")
-    if not Path(path).is_file(): raise UserError(f"no weight file at {path}")
+    path = Path(path).expanduser()
+    if path.is_dir(): raise UserError(f"{path} is a folder: give a file in it, of a run last.pt or best.pt")
+    if not path.is_file(): raise UserError(f"no weight file at {path}")
     with safe_globals(numpy_numbers):
         try: return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
@@ -197,8 +198,9 @@ def run_backbone(
 
 def epochs_done(
     checkpoint:dict, # from `load_checkpoint`
-)->float: # epochs, 0 before the first row of the curve
+)->float: # epochs
     "How far a run had come."
+    if n := checkpoint.get("steps_per_epoch"): return checkpoint["epoch"] + checkpoint["step"]/n
     return checkpoint["curve"][-1]["epoch"] if checkpoint.get("curve") else 0.
 
 def supervised_backbone(

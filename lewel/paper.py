@@ -64,6 +64,10 @@ def check_recipe(
     r:Recipe, # to be checked
 ):
     "Raises `UserError` for an unknown name or an impossible value."
+    if not isinstance(r.backbone, str):
+        raise UserError(f"the recipe's backbone is a {type(r.backbone).__name__}: give a name here, and a module to pretrain as backbone=")
+    for k in "lr", "momentum", "weight_decay", "warmup_epochs":
+        if type(getattr(r, k)) not in (int, float): raise UserError(f"{k}={getattr(r, k)!r} must be a number")
     check_options(r.method, r.options)
     check_choice("views", r.views, ("byol", "mocov2"))
     check_choice("optimizer", r.optimizer, ("lars", "sgd", "adamw"))
@@ -77,7 +81,8 @@ def check_recipe(
     if not 0 < r.lr < float("inf"): raise UserError(f"lr={r.lr!r} must be positive and finite")
     if not 0 <= r.momentum < 1: raise UserError(f"momentum={r.momentum!r} must be at least 0 and less than 1")
     if not 0 <= r.weight_decay < float("inf"): raise UserError(f"weight_decay={r.weight_decay!r} must be at least 0")
-    if r.seed < 0: raise UserError(f"seed={r.seed!r} must be at least 0")
+    if not (isinstance(r.seed, int) and 0 <= r.seed < 2**63):
+        raise UserError(f"seed={r.seed!r} must be a whole number, at least 0 and less than 2**63")
     views_of(r)
 
 # %% ../nbs/12_paper.ipynb #5bab0566

@@ -9,7 +9,7 @@ __all__ = ['create_optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Prec
            'open_shared', 'pretrain', 'StopAt']
 
 # %% ../nbs/17_pretrain.ipynb #51c69077
-import math, shutil, signal, sys, time
+import copy, math, shutil, signal, sys, time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -83,6 +83,8 @@ class Pretraining(Learner):
         with closing(iter(self.dl)) as self.parts:      # ends its workers, whatever happens
             for i, first_part in enumerate(self.parts): self.one_batch(i, first_part)      # which takes the other parts itself
 
+    def _step(self): self.precision.step()
+
     def _set_device(self, b): return b      # views are made on the device; to move the indices too would wait for it
 
     def _call_one(self, event_name):
@@ -154,13 +156,17 @@ class Precision(Callback):
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
     def before_step(self):
-        if not self.scaler.is_enabled(): return
+        # callbacks after this one, such as GradientClip, see gradients as they are
+        if self.scaler.is_enabled(): self.scaler.unscale_(self.opt.opt)
+
+    def step(self):
+        "The optimizer's step; none if a gradient overflowed."
+        if not self.scaler.is_enabled(): return self.opt.step()
         self.learn.skipped_step = True  # unless the optimizer is called; to ask for the scale would wait for the device
         called = self.opt.opt.register_step_post_hook(lambda *args: setattr(self.learn, "skipped_step", False))
         self.scaler.step(self.opt.opt)
         called.remove()
         self.scaler.update()
-        raise CancelStepException()                              # the scaler has made the step
 
 # %% ../nbs/17_pretrain.ipynb #1d9a8a54
 class Curve(Callback):
@@ -182,12 +188,12 @@ class Curve(Callback):
 
 # %% ../nbs/17_pretrain.ipynb #d751649a
 @patch
-def flush(self:Curve):
-    "Fetch what has gathered, check it, and write a row."
+def settle(self:Curve)->torch.Tensor: # steps x 3, on the CPU; None: no steps
+    "Fetch what has gathered since the last row, averaged over processes, and check it."
     if not self.pending: return
     losses, first = torch.stack(self.pending), self.learn.step - len(self.pending)
     average_over_ranks([losses])
-    losses, self.pending = losses.cpu(), []
+    self.pending, losses = list(losses), losses.cpu()
     self.learn.recorder.losses.clear()      # fastai's, one on the device for every step
     bad = (~losses.isfinite()).any(1).nonzero()
     if len(bad):
@@ -195,7 +201,13 @@ def flush(self:Curve):
         raise NonFiniteLoss(f"the loss became {losses[bad[0].item(), 0].item()} at step {step} "
                             f"(epoch {step//len(self.loader) + 1}, step {step % len(self.loader)} in it); earlier "
                             "checkpoints are kept: try a lower learning rate, a longer warm-up or precision float32")
-    means, step = losses.mean(0).tolist(), self.learn.step - 1
+    return losses
+
+@patch
+def flush(self:Curve):
+    "Write a row of what has gathered."
+    if (losses := self.settle()) is None: return
+    means, step, self.pending = losses.mean(0).tolist(), self.learn.step - 1, []
     self.rows.append(dict(step=step + 1, epoch=(step + 1)/len(self.loader), loss=means[0], global_loss=means[1], aligned_loss=means[2],
                           lr=self.opt.opt.param_groups[0]["lr"], momentum=self.model.momentum(step, self.total_steps),
                           **self.diagnostics()))
@@ -264,7 +276,10 @@ class Monitor(Callback):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         self.curve.flush()
         if world()[0]: return
-        (m, ml), (q, ql) = (extract_features(self.model.backbone, s, self.recipe.size, self.dls.device) for s in self.sets[:2])
+        try: (m, ml), (q, ql) = (extract_features(self.model.backbone, s, self.recipe.size, self.dls.device) for s in self.sets[:2])
+        except UserError as e:                  # none of a part's images can be read
+            if any(getattr(s, "strict", False) for s in self.sets[:2]): raise
+            return warn(f"no kNN monitor after epoch {self.epoch + 1}: {e}")
         top1 = knn_accuracy(m, ml, q, ql, k=20, temperature=0.1)["top1"]
         self.curve.rows[-1]["knn_top1"] = top1
         self.improved = top1 > self.best
@@ -288,13 +303,13 @@ class Checkpoints(Callback):
     ):
         self.out, self.fingerprint, self.builds_on, self.signals, self.precision = Path(out), fingerprint, builds_on, signals, precision
         self.every_steps, self.every_minutes, self.saved = every_steps, every_minutes, time.time()
-        self.git, self.earlier_git = code_state(), []
+        self.git, self.earlier_git, self.earlier_processes, self.best, self.whole = code_state(), [], [], -1., 0
 
     def save(self, *names, epoch):
         """Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond;
-        an epoch is whole when it has been monitored."""
+        an epoch is whole when it has been monitored. When it is written does not change the curve."""
         curve = self.learn.curve
-        curve.flush()
+        curve.settle()
         kept = [*self.model.state_dict().values(), *(v for s in self.opt.opt.state.values() for v in s.values() if torch.is_tensor(v))]
         if not torch.stack([t.isfinite().all().to(self.dls.device) for t in kept]).all():
             raise NonFiniteLoss(f"a parameter or statistic is not finite after step {self.learn.step - 1}; earlier "
@@ -303,15 +318,16 @@ class Checkpoints(Callback):
         skipped += sorted(set(sum(from_all_ranks(skipped), [])).difference(skipped))
         self.saved = time.time()
         if world()[0]: return
-        best = self.monitor.best if hasattr(self.learn, "monitor") else -1.
+        if hasattr(self.learn, "monitor"): self.best = self.monitor.best
         for name in names:
             save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader),
                             self.model, self.opt.opt, self.precision.scaler, data=self.fingerprint,
                             images=self.loader.images.name, builds_on=self.builds_on,
                             accumulate=self.learn.accumulate, git=self.git, earlier_git=self.earlier_git,
-                            curve=curve.rows, seconds=curve.seconds,
-                            warned=sorted(curve.warned), best=best, skipped=list(skipped))
-        write_curve(self.out, curve.rows)
+                            processes=world()[1], earlier_processes=self.earlier_processes,
+                            curve=curve.rows, pending=[row.tolist() for row in curve.pending], seconds=curve.seconds,
+                            steps_per_epoch=len(self.loader), warned=sorted(curve.warned), best=self.best, skipped=list(skipped))
+        if curve.rows: write_curve(self.out, curve.rows)
 
     def after_batch(self):
         due = self.every_steps and self.learn.step % self.every_steps == 0 or time.time() - self.saved > self.every_minutes*60
@@ -320,6 +336,8 @@ class Checkpoints(Callback):
         if signum: raise Stopped(signum, self.out/"last.pt")
 
     def after_epoch(self):
+        self.curve.flush()
+        self.whole = self.epoch + 1
         # last.pt knows the best accuracy: a crash between the two must not leave it alone
         self.save(*(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []),
                   "last.pt", epoch=self.epoch + 1)
@@ -344,17 +362,25 @@ def load(self:Checkpoints,
         warn(f"{self.out/'last.pt'} was made by {commit_words(state.get('git'))}: the record will name that beside today's")
     if state["rng"]["cuda"] and world()[1] > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
-    learn.first_epoch, learn.step = state["epoch"], state["epoch"]*len(learn.loader) + state["step"]
+    before = state.get("processes", world()[1])
+    self.earlier_processes = state.get("earlier_processes", []) + [before]*(before != world()[1])
+    if before != world()[1] and world()[0] == 0:
+        warn(f"{self.out/'last.pt'} was made by {before} process{'es'*(before > 1)}, and goes on in {world()[1]}: "
+             "BatchNorm sees other parts of a batch; the record will name both")
+    self.whole = learn.first_epoch = state["epoch"]
+    learn.step = state["epoch"]*len(learn.loader) + state["step"]
     skipped = learn.loader.images.skipped
     skipped += [path for path in state["skipped"] if path not in skipped]
     learn.curve.rows, learn.curve.seconds, learn.curve.warned = state["curve"], state["seconds"], set(state["warned"])
-    if monitor: monitor.best = state["best"]
+    learn.curve.pending = [torch.tensor(row, device=learn.dls.device) for row in state.get("pending", [])]
+    self.best = state["best"]
+    if monitor: monitor.best = self.best
     return learn.step
 
 # %% ../nbs/17_pretrain.ipynb #e8ce684c
 class Snapshots(Callback):
     "Keeps the online network's weights in `snapshots/`, evenly spread over the epochs, as EPOCH.pt."
-    order = 61
+    order = 58         # before the checkpoint that says the epoch is over
     def __init__(self,
         out, # folder of the run
         epochs:int, # of the run
@@ -416,7 +442,8 @@ def finished(
 )->dict: # its record, or None if there is none
     "The record of a run that is complete, weights and all. Raises `UserError` if it is another run than the one asked for."
     if not ((out/"record.json").exists() and (out/"last.pt").exists()): return None
-    record = read_record(out)
+    try: record = read_record(out)
+    except UserError as e: raise UserError(f"{e}, or remove the file: the same command makes it again from {out/'last.pt'}") from None
     check_same_run(out, record, recipe, builds_on, accumulate)
     if record["data"]["fingerprint"] != fingerprint:
         raise UserError(f"{out} holds a finished run on other images; choose another output folder")
@@ -445,7 +472,8 @@ def pretrain_record(
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds,
                   peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate,
                   compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
-    if learn.checkpoints.earlier_git: record["earlier_git"] = learn.checkpoints.earlier_git      # of processes that this one went on for
+    for what in "earlier_git", "earlier_processes":      # of what this process went on for
+        if earlier := getattr(learn.checkpoints, what): record[what] = earlier
     return dict(id=run_id(record), **record)
 
 # %% ../nbs/17_pretrain.ipynb #4a6d208a
@@ -455,7 +483,12 @@ def prepare_method(
 )->Method: # on the CPU
     "A method with fresh weights, from the recipe's seed. Raises `UserError` if the recipe is impossible."
     torch.manual_seed(recipe.seed)
-    method = create_method(recipe.method, backbone if backbone is not None else recipe.backbone, **recipe.options)
+    if backbone is not None:
+        if other := {str(t.dtype) for t in backbone.state_dict().values() if t.is_floating_point() and t.dtype != torch.float32}:
+            raise UserError(f"the backbone has weights in {min(other)}: give it in float32, backbone.float(); the recipe's precision "
+                            "says in what it is trained")
+        backbone = copy.deepcopy(backbone).cpu()
+    method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
     check_positions(method, recipe.size)
     return method
 
@@ -521,6 +554,10 @@ def train(
         learn.checkpoints.save("last.pt", epoch=learn.epoch)
         raise UserError(f"{e}; the {learn.step} steps before it are saved in {last}") from e
     finally: learn.loader.close()
+    if learn.checkpoints.whole < learn.recipe.epochs:
+        learn.checkpoints.save("last.pt", epoch=learn.epoch)
+        raise UserError(f"a callback ended the training after step {learn.step} of {learn.total_steps}; what it learned is "
+                        f"saved in {last}: without that callback the same command goes on from there")
 
 # %% ../nbs/17_pretrain.ipynb #707200d2
 def compile_networks(
@@ -560,7 +597,7 @@ def pretrain(
     snapshots:int=0, # at how many moments, evenly spread from the beginning to the end, the online network's weights are kept
     scale:str="custom", # which scale this run belongs to, for the record
     progress:str="auto", # "bars", "lines", "none"; auto: bars in a terminal or notebook, lines elsewhere
-    backbone:nn.Module=None, # a module to train instead of the one that the recipe names
+    backbone:nn.Module=None, # a module to start from instead of the one that the recipe names; it is copied
     cbs=(), # more fastai callbacks, e.g. TensorBoardCallback(trace_model=False, log_preds=False)
     accumulate:int=1, # parts in which a batch goes through the network, one after the other; BatchNorm sees each by itself
     start=None, # weight file to start from, see `lewel.interop.start_from`; None: fresh weights

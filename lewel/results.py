@@ -110,7 +110,8 @@ def write_record(
     check_keys(record, REQUIRED + (REQUIRED_PRETRAIN if record.get("kind") == "pretrain" else ()))
     record = plain(record)
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    atomic_write(Path(folder)/"record.json", text + "\n")
+    # names of files that are not UTF-8 have surrogates in them, which JSON can hold as escapes only
+    atomic_write(Path(folder)/"record.json", (text + "\n").encode(errors="backslashreplace"))
     return record
 
 def read_record(

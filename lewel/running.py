@@ -9,7 +9,7 @@ __all__ = ['overdue', 'Stopped', 'time_budget', 'heard', 'noting_signals', 'NonF
            'first_alone', 'lock_output', 'held_output', 'pick_progress', 'announced']
 
 # %% ../nbs/15_running.ipynb #2d28722a
-import ctypes, fcntl, os, resource, signal, sys, threading
+import ctypes, fcntl, os, resource, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import torch
@@ -37,7 +37,7 @@ def time_budget(
 ):
     """Limit the time of this process: what trains in it then saves its state and raises `Stopped`.
     Only from the main thread. Raises `UserError` for less than 0."""
-    if not minutes >= 0: raise UserError(f"max_minutes={minutes!r} must be at least 0")
+    if not 0 <= minutes < float("inf"): raise UserError(f"max_minutes={minutes!r} must be at least 0, which is no limit, and finite")
     overdue.clear()
     if threading.current_thread() is not threading.main_thread():
         if minutes: raise UserError("max_minutes can only be set in the main thread: leave it out")
@@ -56,11 +56,16 @@ def noting_signals():
     In other threads than the main one it does nothing."""
     noted = list(overdue)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
+    first = []
     def note(signum, frame):
         if signum == signal.SIGALRM: overdue.append(signum)
+        if signum == signal.SIGINT:
+            if first and time.monotonic() - first[0] > 1: raise KeyboardInterrupt        # by someone who does not want to wait
+            first.append(time.monotonic())
         if not noted and signum != signal.SIGALRM:
             # at once, since a step may take long
-            os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves\n".encode())
+            os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves"
+                        f"{' (once more: at once)'*(signum == signal.SIGINT)}\n".encode())
         noted.append(signum)
     old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     try: yield noted
@@ -92,7 +97,7 @@ def pick_device(
     try: torch.zeros(1, device=device)
     except Exception as e:
         raise UserError(f"device {device!r} is not available here ({str(e).splitlines()[0]}); use 'auto' or 'cpu'") from e
-    if torch.device(device).index: torch.cuda.set_device(device)      # else some memory of the first GPU would be taken too
+    if torch.device(device).index is not None: torch.cuda.set_device(device)      # else some memory of the first GPU would be taken too
     return torch.device(device)
 
 def peak_memory_mb(
@@ -189,7 +194,10 @@ def process_group(
 ):
     "Within it, the processes that torchrun started are connected. Alone, or in a group that exists already, nothing happens."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized(): yield; return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try: dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except ValueError as e:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but not what belongs to it ({e}): "
+                        "start by torchrun, or unset it") from e
     try: yield
     except Stopped: dist.destroy_process_group(); raise      # all stop together; after another error they may be waiting for something else
     dist.destroy_process_group()
