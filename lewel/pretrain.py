@@ -173,7 +173,7 @@ class Curve(Callback):
     "Rows of losses, rates and diagnostics; progress lines; warnings that name a symptom."
     order = 55
     def __init__(self,
-        every:int=10, # steps between two rows
+        every:int=10, # steps between two rows; an epoch ends with a row, too
         lines:bool=True, # print progress
     ):
         self.every, self.lines, self.rows, self.pending, self.seconds, self.warned, self.first_step = every, lines, [], [], 0., set(), 0
@@ -183,7 +183,7 @@ class Curve(Callback):
     def after_batch(self):
         self.pending.append(torch.stack(self.pred[:3]))
         self.seconds = self.seconds_before + time.time() - self.started
-        if self.learn.step % self.every == 0: self.flush()
+        if self.learn.step % self.every == 0 or self.learn.step % len(self.loader) == 0: self.flush()
         elif self.learn.step < self.total_steps: self.show()
 
 # %% ../nbs/17_pretrain.ipynb #d751649a
@@ -274,7 +274,6 @@ class Monitor(Callback):
     def after_epoch(self):
         self.improved = False
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
-        self.curve.flush()
         if world()[0]: return
         try: (m, ml), (q, ql) = (extract_features(self.model.backbone, s, self.recipe.size, self.dls.device) for s in self.sets[:2])
         except UserError as e:                  # none of a part's images can be read
@@ -336,7 +335,6 @@ class Checkpoints(Callback):
         if signum: raise Stopped(signum, self.out/"last.pt")
 
     def after_epoch(self):
-        self.curve.flush()
         self.whole = self.epoch + 1
         # last.pt knows the best accuracy: a crash between the two must not leave it alone
         self.save(*(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []),
