@@ -3,7 +3,7 @@ Settings: settings.ini, or the environment; arguments go to Snakemake.
 
 With LEWEL_DRY_RUN=1 only the plan is printed: every run with its command, its estimated cost, and the data that is missing.
 With LEWEL_KEEP=1 results that came with the repository are kept and added to; else they are put aside and computed again."""
-import os, re, subprocess, sys
+import os, re, signal, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 from lewel.core import UserError, read_failures
@@ -18,11 +18,17 @@ ASKING = re.compile(r"-[a-zA-Z]*n[a-zA-Z]*|-[hvlSD]|--(help|version|dry-?run|(de
 def asked(name): return os.environ.get(name, "") not in ("", "0")
 
 def snakemake(lock, *more):
-    "Snakemake's exit code. Ctrl-C reaches it and its jobs, too: they save what they have, and it ends when they have."
-    command = ["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", *more]
-    with subprocess.Popen(command, pass_fds=[lock]) as process:
-        try: return process.wait()
-        except KeyboardInterrupt: return process.wait() and 130
+    """Snakemake's exit code. Ctrl-C, SIGTERM and SIGHUP are passed on to it and its jobs, which save what they have;
+    it ends when they have, and the code is 128 + signal."""
+    command, came = ["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", *more], []
+    def stop(signum, frame): came.append(signum); os.killpg(process.pid, signal.SIGINT)
+    with subprocess.Popen(command, pass_fds=[lock], process_group=0) as process:
+        ends = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]      # nohup
+        old = {s: signal.signal(s, stop) for s in ends}
+        try: code = process.wait()
+        finally:
+            for s, handler in old.items(): signal.signal(s, handler)
+    return 128 + came[0] if came and code else code
 
 def main():
     settings, keep, arguments = read_settings(), asked("LEWEL_KEEP"), sys.argv[1:]
@@ -44,14 +50,14 @@ def main():
             if done: print(f"{len(done)} jobs are taken over as done, by their records")
             if done and any(Path(".snakemake/incomplete").glob("*")):     # what an earlier call left of jobs that are done now
                 places = (f"{results}/marks/{mark}" for mark in done)
-                if snakemake(lock, "--cores", "1", "--quiet", "all", "--cleanup-metadata", *places) == 130: return 130
+                if snakemake(lock, "--cores", "1", "--quiet", "all", "--cleanup-metadata", *places) > 128: return 130
         elif put_aside(results):
             print(f"the results that came with the repository are now in {published}; all is computed again "
                   f"(to have them back: rm -r {results} && mv {published} {results})")
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
         code = snakemake(lock, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
                          "--quiet", "rules", "progress", "host", *arguments)
-        if code == 130:
+        if code > 128:
             print("stopped; what was saved is kept: the same command goes on from there", file=sys.stderr)
             return code
         page = write_page(results)

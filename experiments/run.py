@@ -14,6 +14,7 @@ def main(argv):
     if len(places) != 4 if "--needs" in argv else len(places) not in (2, 3): raise UserError(USAGE)
     try: (run_notebook if len(places) == 2 else run_job)(*places, **parameters)
     except PapermillExecutionError as e: sys.exit(f"{places[0]} failed: {e.ename}: {e.evalue} (see {places[1]})")
+    except KeyboardInterrupt: sys.exit(print(f"{places[0]}: interrupted", file=sys.stderr) or 130)
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])

@@ -523,6 +523,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lewel.experiments.notebook_sources': ('experiments.html#notebook_sources', 'lewel/experiments.py'),
                                    'lewel.experiments.notebook_text': ('experiments.html#notebook_text', 'lewel/experiments.py'),
                                    'lewel.experiments.only_one': ('experiments.html#only_one', 'lewel/experiments.py'),
+                                   'lewel.experiments.passing_signals': ('experiments.html#passing_signals', 'lewel/experiments.py'),
                                    'lewel.experiments.picture_texts': ('experiments.html#picture_texts', 'lewel/experiments.py'),
                                    'lewel.experiments.pixels': ('experiments.html#pixels', 'lewel/experiments.py'),
                                    'lewel.experiments.placed_records': ('experiments.html#placed_records', 'lewel/experiments.py'),

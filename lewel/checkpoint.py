@@ -144,4 +144,5 @@ def load_run(
                 f"with the same settings, or take its weights as they are from {run/'last.pt'}"}
     for name, remedy in remedies.items():
         if not (run/name).exists(): raise UserError(f"no finished run at {run}: {name} is missing; {remedy}")
-    return *load_method(run/"last.pt", backbone)[:2], read_record(run)
+    try: return *load_method(run/"last.pt", backbone)[:2], read_record(run)
+    except UserError as e: raise UserError(f"{e}. If the file is damaged: remove {run}, and train again") from e

@@ -6,14 +6,14 @@
 __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'MARKS', 'PAGE_ORDER', 'STYLE',
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
            'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason',
-           'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results', 'put_aside', 'job_records',
-           'named_after', 'finished_jobs', 'recorded_minutes', 'adopt', 'markdown_html', 'picture_texts', 'plain_text',
-           'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text',
-           'pixels', 'notebook_shows', 'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids',
-           'altered_pages']
+           'passing_signals', 'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results',
+           'put_aside', 'job_records', 'named_after', 'finished_jobs', 'recorded_minutes', 'adopt', 'markdown_html',
+           'picture_texts', 'plain_text', 'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page',
+           'dead_links', 'notebook_text', 'pixels', 'notebook_shows', 'notebook_sources', 'difference', 'verify_readme',
+           'verify', 'wrong_ids', 'altered_pages']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
-import base64, configparser, fcntl, html, io, json, os, re, shutil, sys, tempfile
+import base64, configparser, fcntl, html, io, json, os, re, shutil, signal, sys, tempfile, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -213,6 +213,22 @@ def failure_reason(
     return " ".join((text if name in ("UserError", "Stopped", "NonFiniteLoss") else f"{name}: {text}").split())[:300]
 
 # %% ../nbs/32_experiments.ipynb #d4fa9c22
+@contextmanager
+def passing_signals():
+    """Within it, Ctrl-C and SIGTERM are for the notebook's kernel, which then saves what it has and ends; yields the list of them.
+    A second one a second later, and one without a kernel, raise `KeyboardInterrupt`."""
+    import psutil
+    came, times = [], []
+    def pass_on(signum, frame):
+        came.append(signum); times.append(time.monotonic())
+        kernels = psutil.Process().children()
+        if not kernels or times[-1] - times[0] > 1: raise KeyboardInterrupt
+        for kernel in kernels: kernel.send_signal(signal.SIGTERM)
+    old = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield came
+    finally:
+        for s, handler in old.items(): signal.signal(s, handler)
+
 def run_job(
     notebook, # path
     copy, # path of the executed copy
@@ -227,11 +243,14 @@ def run_job(
     out, lost = Path(parameters["out"]), read_failures(needs) if needs else []
     reason = f"its pretraining failed: {lost[0]['reason']}" if lost else None
     if reason is None:
-        try: run_notebook(notebook, copy, **parameters)
+        try:
+            with passing_signals() as came: run_notebook(notebook, copy, **parameters)
         except UserError: raise
-        except Exception as e:
+        except (Exception, KeyboardInterrupt) as e:
             name, text = named_error(e)
-            if name in ("Stopped", "KeyboardInterrupt") and "time budget" not in text: raise SystemExit(f"{out}: {text}") from None
+            if came or name in ("Stopped", "KeyboardInterrupt") and "time budget" not in text:
+                print(f"{out}: {text if name == 'Stopped' else 'stopped; what was saved is kept'}", file=sys.stderr)
+                raise SystemExit(128 + (came or [signal.SIGINT])[0]) from None
             reason = failure_reason(name, text)
     if reason:
         write_failure(out, parameters.get("method", "supervised"), parameters["seed"], parameters.get("protocols", "pretrain"), reason)

@@ -325,8 +325,9 @@ def export_backbone(
         known = ", ".join(resnets)
         raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; "
                         "safetensors takes any, timm also timm's own")
+    made = content(state)
     if run: atomic_write(Path(path).with_suffix(".md"), (model_card if run.is_dir() else checkpoint_card)(run, Path(path).name, format))
-    return atomic_write(path, content(state))
+    return atomic_write(path, made)
 
 # %% ../nbs/10_interop.ipynb #3e3350ee
 input_form = "shown to it in RGB, normalized with ImageNet's mean and standard deviation"

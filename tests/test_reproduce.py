@@ -1,7 +1,8 @@
 "The graph of experiments: jobs, the lock, a cluster."
-import os, re, runpy, shlex, shutil, subprocess, sys
+import os, re, runpy, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+from lewel.checkpoint import load_checkpoint
 from lewel.core import atomic_write
 from lewel.cost import condition_plan
 from lewel.experiments import Settings, adopt, only_one
@@ -56,6 +57,23 @@ def test_arguments_that_run_nothing():
     asking = runpy.run_path(str(root/"experiments/reproduce.py"))["ASKING"].fullmatch
     assert all(map(asking, "-n -np -pn --dry-run --dryrun --dag --rulegraph --summary -S -l --list-rules --lint --report -h".split()))
     assert not any(map(asking, "-p -k -j4 --cores --keep-going --printshellcmds --profile --report-after-run --nolock".split()))
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_asked_to_stop_saves(number, tmp_path):
+    "In the middle of its training: the step at hand is finished and saved, one line, no mark, no failure."
+    out = tmp_path/"runs"/"byol-s0"
+    command = [sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", tmp_path/"mark",
+               "scale=demo", "method=byol", "device=cpu", "seed=0", "data=scenes", f"out={out}"]
+    process = subprocess.Popen(list(map(str, command)), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | dict(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1"))
+    while not (out/"last.pt").exists(): time.sleep(0.2); assert process.poll() is None       # the first epoch
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err.splitlines()[-1].startswith(f"{out}: stopped by SIGTERM; saved {out/'last.pt'}"), err
+    assert "Traceback" not in err
+    state = load_checkpoint(out/"last.pt")
+    assert state["epoch"] >= 1 and (state["epoch"], state["step"]) != (1, 0)
+    assert not (tmp_path/"mark").exists() and not (out/"failed.json").exists() and not (out/"record.json").exists()
 
 def test_a_second_reproduction_is_refused():
     with only_one(root/"results"/"smoke"):
