@@ -21,7 +21,10 @@ def snakemake(lock, *more):
     """Snakemake's exit code. Ctrl-C, SIGTERM and SIGHUP are passed on to it and its jobs, which save what they have;
     it ends when they have, and the code is 128 + signal."""
     command, came = ["snakemake", "--snakefile", "experiments/Snakefile", "--nolock", *more], []
-    def stop(signum, frame): came.append(signum); os.killpg(process.pid, signal.SIGINT)
+    def stop(signum, frame):
+        came.append(signum)
+        os.kill(process.pid, signal.SIGTERM)          # Snakemake starts no more jobs; SIGINT it may have been told to ignore
+        os.killpg(process.pid, signal.SIGINT)         # the jobs' shells wait for them
     with subprocess.Popen(command, pass_fds=[lock], process_group=0) as process:
         ends = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]      # nohup
         old = {s: signal.signal(s, stop) for s in ends}
