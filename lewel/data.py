@@ -60,7 +60,7 @@ class MemorySet(ImageSet):
             raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}")
         if labels is not None:
             labels = torch.as_tensor(labels)
-            if labels.ndim != 1 or labels.is_floating_point():
+            if labels.ndim != 1 or not torch.equal(labels, labels.long().to(labels.dtype)):
                 raise UserError(f"labels must be N class indices, not {tuple(labels.shape)} of {labels.dtype}")
             labels = labels.long()
             if len(labels) != len(images): raise UserError(f"{len(labels)} labels for {len(images)} images: give one label per image")

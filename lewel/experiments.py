@@ -13,7 +13,7 @@ __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIE
            'verify', 'wrong_ids', 'altered_pages']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
-import base64, configparser, fcntl, html, io, json, os, re, shutil, signal, sys, tempfile, time
+import base64, configparser, fcntl, html, io, json, os, re, shutil, signal, sys, tempfile, threading, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -216,9 +216,11 @@ def failure_reason(
 @contextmanager
 def passing_signals():
     """Within it, Ctrl-C and SIGTERM are for the notebook's kernel, which then saves what it has and ends; yields the list of them.
-    A second one a second later, and one without a kernel, raise `KeyboardInterrupt`."""
+    A second one a second later, and one without a kernel, raise `KeyboardInterrupt`.
+    In other threads than the main one it does nothing."""
     import psutil
     came, times = [], []
+    if threading.current_thread() is not threading.main_thread(): yield came; return
     def pass_on(signum, frame):
         came.append(signum); times.append(time.monotonic())
         kernels = psutil.Process().children()
