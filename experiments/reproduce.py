@@ -6,7 +6,7 @@ With LEWEL_KEEP=1 results that came with the repository are kept and added to; e
 import os, re, signal, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-from lewel.core import UserError, read_failures
+from lewel.core import UserError, handling, read_failures
 from lewel.experiments import (adopt, check_data, evaluation_groups, finished_jobs, forget_failures, only_one,
                                published_copy, put_aside, read_settings, recorded_minutes, write_page)
 from lewel.results import compare_records, read_records
@@ -27,10 +27,7 @@ def snakemake(lock, *more):
         os.killpg(process.pid, signal.SIGINT)         # the jobs' shells wait for them
     with subprocess.Popen(command, pass_fds=[lock], process_group=0) as process:
         ends = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]      # nohup
-        old = {s: signal.signal(s, stop) for s in ends}
-        try: code = process.wait()
-        finally:
-            for s, handler in old.items(): signal.signal(s, handler)
+        with handling(stop, *ends): code = process.wait()
     return 128 + came[0] if came and code else code
 
 def main():

@@ -306,6 +306,7 @@ def read_coco(
             raise UserError(f"{file}: {field} is not a list of objects with fields: give a file in the format of COCO's instances")
     return data
 
+# %% ../nbs/23_boxes.ipynb #ca697161
 def coco_field(
     entry:dict, # of one of the lists
     field:str, # its name

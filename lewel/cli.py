@@ -27,6 +27,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kw): super().__init__(formatter_class=Help, allow_abbrev=False, **kw)
     def error(self, message): raise UserError(f"{message} (see {self.prog} --help)")
 
+# %% ../nbs/31_cli.ipynb #798a507e
 def first_process()->bool: # True where torchrun did not start several
     "Whether this is the process that speaks for all: they stop together."
     return int(os.environ.get("RANK", 0)) == 0

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'METHODS', 'PROTOCOLS', 'UserError', 'check_choice', 'parse_option', 'atomic_write', 'write_failure',
-           'read_failures', 'warn', 'pace']
+           'read_failures', 'warn', 'handling', 'pace']
 
 # %% ../nbs/00_core.ipynb #78ad95f8
-import difflib, json, os, sys, tempfile
+import difflib, json, os, signal, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #51d55bad
@@ -96,6 +97,18 @@ def warn(
 ):
     "Print a one-line warning on standard error."
     print(f"lewel: {message}\n", end="", file=sys.stderr, flush=True)
+
+# %% ../nbs/00_core.ipynb #7813a4d1
+@contextmanager
+def handling(
+    handler, # called with the signal's number and the frame
+    *signals, # their numbers
+):
+    "Within it, signals are given to a handler. In the main thread only."
+    old = {s: signal.signal(s, handler) for s in signals}
+    try: yield
+    finally:
+        for s, before in old.items(): signal.signal(s, before)
 
 # %% ../nbs/00_core.ipynb #030567cc
 def pace(

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, zip_longest
 from pathlib import Path
-from .core import METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, read_failures, warn, write_failure
+from .core import (METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, handling, read_failures, warn,
+                        write_failure)
 
 # %% ../nbs/32_experiments.ipynb #6db4f01a
 def check_device(
@@ -226,11 +227,9 @@ def passing_signals():
         kernels = psutil.Process().children()
         if not kernels or times[-1] - times[0] > 1: raise KeyboardInterrupt
         for kernel in kernels: kernel.send_signal(signal.SIGTERM)
-    old = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield came
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+    with handling(pass_on, signal.SIGINT, signal.SIGTERM): yield came
 
+# %% ../nbs/32_experiments.ipynb #2abfc32c
 def run_job(
     notebook, # path
     copy, # path of the executed copy
@@ -385,6 +384,7 @@ def finished_jobs(
                             "record only: ask for no more DENSE_SEEDS than there are of it, or leave out KEEP=1")
     return done
 
+# %% ../nbs/32_experiments.ipynb #2f03f6ba
 def recorded_minutes(
     results, # folder of a scale
     settings:Settings, # what is asked for
@@ -399,6 +399,7 @@ def recorded_minutes(
     jobs = ((mark, [any_seed(place) for place in records]) for mark, *_, records in job_records(settings))
     return {mark: sum(means[place] for place in places) for mark, places in jobs if means.keys() >= set(places)}
 
+# %% ../nbs/32_experiments.ipynb #a98eac0a
 def adopt(
     results, # folder of a scale, held by `only_one`
     settings:Settings, # what is asked for

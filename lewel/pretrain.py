@@ -93,6 +93,7 @@ class Pretraining(Learner):
             if e.args and isinstance(e.args[0], str): e.args = e.args[0].rpartition(f"`{event_name}`:\n\t")[2],
             raise
 
+# %% ../nbs/17_pretrain.ipynb #150413a7
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, kept on the device: its own brings every loss to the host."
     def accumulate(self, learn):
@@ -214,6 +215,7 @@ def flush(self:Curve):
     self.warn_of_symptoms()
     self.show()
 
+# %% ../nbs/17_pretrain.ipynb #b1cce323
 @patch
 def diagnostics(self:Curve):
     "Numbers of the last batch: see `lewel.diagnostics`."
@@ -304,30 +306,6 @@ class Checkpoints(Callback):
         self.every_steps, self.every_minutes, self.saved = every_steps, every_minutes, time.time()
         self.git, self.earlier_git, self.earlier_processes, self.best, self.whole = code_state(), [], [], -1., 0
 
-    def save(self, *names, epoch):
-        """Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond;
-        an epoch is whole when it has been monitored. When it is written does not change the curve."""
-        curve = self.learn.curve
-        curve.settle()
-        kept = [*self.model.state_dict().values(), *(v for s in self.opt.opt.state.values() for v in s.values() if torch.is_tensor(v))]
-        if not torch.stack([t.isfinite().all().to(self.dls.device) for t in kept]).all():
-            raise NonFiniteLoss(f"a parameter or statistic is not finite after step {self.learn.step - 1}; earlier "
-                                "checkpoints are kept: try a lower learning rate or precision float32")
-        skipped = self.loader.images.skipped
-        skipped += sorted(set(sum(from_all_ranks(skipped), [])).difference(skipped))
-        self.saved = time.time()
-        if world()[0]: return
-        if hasattr(self.learn, "monitor"): self.best = self.monitor.best
-        for name in names:
-            save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader),
-                            self.model, self.opt.opt, self.precision.scaler, data=self.fingerprint,
-                            images=self.loader.images.name, builds_on=self.builds_on,
-                            accumulate=self.learn.accumulate, git=self.git, earlier_git=self.earlier_git,
-                            processes=world()[1], earlier_processes=self.earlier_processes,
-                            curve=curve.rows, pending=[row.tolist() for row in curve.pending], seconds=curve.seconds,
-                            steps_per_epoch=len(self.loader), warned=sorted(curve.warned), best=self.best, skipped=list(skipped))
-        if curve.rows: write_curve(self.out, curve.rows)
-
     def after_batch(self):
         due = self.every_steps and self.learn.step % self.every_steps == 0 or time.time() - self.saved > self.every_minutes*60
         signum, due = maximum_over_ranks(self.signals[0] if self.signals else 0, int(due))
@@ -339,6 +317,35 @@ class Checkpoints(Callback):
         # last.pt knows the best accuracy: a crash between the two must not leave it alone
         self.save(*(["best.pt"] if getattr(getattr(self.learn, "monitor", None), "improved", False) else []),
                   "last.pt", epoch=self.epoch + 1)
+
+# %% ../nbs/17_pretrain.ipynb #a549e942
+@patch
+def save(self:Checkpoints,
+    *names, # of the files, "last.pt" and perhaps "best.pt"
+    epoch:int, # whole epochs
+):
+    """Write the checkpoint, under each of the names, as so many whole epochs and the steps beyond;
+    an epoch is whole when it has been monitored. When it is written does not change the curve."""
+    curve = self.learn.curve
+    curve.settle()
+    kept = [*self.model.state_dict().values(), *(v for s in self.opt.opt.state.values() for v in s.values() if torch.is_tensor(v))]
+    if not torch.stack([t.isfinite().all().to(self.dls.device) for t in kept]).all():
+        raise NonFiniteLoss(f"a parameter or statistic is not finite after step {self.learn.step - 1}; earlier "
+                            "checkpoints are kept: try a lower learning rate or precision float32")
+    skipped = self.loader.images.skipped
+    skipped += sorted(set(sum(from_all_ranks(skipped), [])).difference(skipped))
+    self.saved = time.time()
+    if world()[0]: return
+    if hasattr(self.learn, "monitor"): self.best = self.monitor.best
+    for name in names:
+        save_checkpoint(self.out/name, self.recipe, epoch, self.learn.step - epoch*len(self.loader),
+                        self.model, self.opt.opt, self.precision.scaler, data=self.fingerprint,
+                        images=self.loader.images.name, builds_on=self.builds_on,
+                        accumulate=self.learn.accumulate, git=self.git, earlier_git=self.earlier_git,
+                        processes=world()[1], earlier_processes=self.earlier_processes,
+                        curve=curve.rows, pending=[row.tolist() for row in curve.pending], seconds=curve.seconds,
+                        steps_per_epoch=len(self.loader), warned=sorted(curve.warned), best=self.best, skipped=list(skipped))
+    if curve.rows: write_curve(self.out, curve.rows)
 
 # %% ../nbs/17_pretrain.ipynb #d0cad703
 @patch

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fastprogress.core import IN_NOTEBOOK
-from .core import UserError, check_choice
+from .core import UserError, check_choice, handling
 from .data import ImageSet
 from .target import world
 
@@ -45,6 +45,7 @@ def time_budget(
     signal.signal(signal.SIGALRM, lambda signum, frame: overdue.append(signum))
     signal.setitimer(signal.ITIMER_REAL, 60*minutes)
 
+# %% ../nbs/15_running.ipynb #c0938571
 def heard():
     "Something has stopped for a SIGTERM: what is begun after that may run."
     overdue[:] = [s for s in overdue if s != signal.SIGTERM]
@@ -67,11 +68,9 @@ def noting_signals():
             os.write(2, f"lewel: {signal.Signals(signum).name} noted: stops after this step, and saves"
                         f"{' (once more: at once)'*(signum == signal.SIGINT)}\n".encode())
         noted.append(signum)
-    old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    try: yield noted
+    try:
+        with handling(note, signal.SIGTERM, signal.SIGINT, signal.SIGALRM): yield noted
     except Stopped: heard(); raise
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
     # the work was done before it could stop: this is for whatever is next in this process
     if signal.SIGTERM in noted and not overdue: overdue.append(signal.SIGTERM)
     if signal.SIGINT in noted: raise KeyboardInterrupt

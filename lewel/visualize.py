@@ -147,6 +147,7 @@ def maps_of(
     try: return [method.eval().alignment_maps(v.to(device)).float().cpu() for v in views]
     finally: method.train(mode)
 
+# %% ../nbs/28_visualize.ipynb #cd60de46
 @styled
 def draw_maps(
     view1:torch.Tensor, # B x 3 x height x width, normalized

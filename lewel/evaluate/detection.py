@@ -367,6 +367,7 @@ def check_detection(
     check_choice("detector", protocol.kind, ("c4", "fpn"))
     layer_shapes(backbone); check_boxes(train, test); train.with_boxes()
 
+# %% ../../nbs/25_evaluate_detection.ipynb #45691cce
 def predict_all(
     model:GeneralizedRCNN, # from `detector`
     images:BoxSet, # to look at

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['protocols', 'MAY_BE_0', 'POSITIVE', 'AT_MOST_1', 'TWO', 'RANGES', 'pair_of', 'evaluation_sets', 'mask_sets',
            'box_sets', 'Given', 'Protocol', 'check_setting', 'protocol_settings', 'options_of', 'usual_preset',
-           'Partial', 'stopping_at_once', 'describe', 'checkpoint_facts', 'run_protocols', 'check_out', 'set_aside',
-           'evaluate']
+           'Partial', 'stopping_at_once', 'describe', 'checkpoint_facts', 'run_protocols', 'check_places',
+           'check_finite', 'set_aside', 'evaluate']
 
 # %% ../../nbs/27_evaluate_run.ipynb #1423004d
 import hashlib, itertools, json, signal, threading, time
@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple, get_args
 import torch
 from ..boxes import BoxSet, open_boxes
 from ..checkpoint import load_checkpoint
-from ..core import SCALES, UserError, atomic_write, check_choice, warn
+from ..core import SCALES, UserError, atomic_write, check_choice, handling, warn
 from ..data import ImageSet, has_split, open_data
 from .detection import DETECTION, check_detection, evaluate_detection
 from .finetune import spent
@@ -61,6 +61,7 @@ def evaluation_sets(
         if images.labels is None: raise UserError(f"the {part} images of {data} have no labels: put them into class folders")
     return train, test
 
+# %% ../../nbs/27_evaluate_run.ipynb #dfebef2c
 def mask_sets(
     data, # "scenes", a folder with masks, or a pair of `MaskSet`s
     size:int, # pixels, of generated images
@@ -145,6 +146,7 @@ def check_setting(
     if name in TWO and len(values) != 2: raise UserError(f"{what} must be two numbers")
     if name in RANGES and values[0] > values[-1]: raise UserError(f"{what} must begin with the smaller number")
 
+# %% ../../nbs/27_evaluate_run.ipynb #d20cbedb
 def protocol_settings(
     name:str, # one of `protocols`
     preset:str, # "smoke", "demo", "imagenette" or "paper"
@@ -236,16 +238,13 @@ def stopping_at_once(
     if threading.current_thread() is not threading.main_thread(): yield; return
     came = list(overdue)
     def interrupt(signum, frame): came.append(signum); raise KeyboardInterrupt              # which nothing on the way takes for an error
-    old = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGALRM)}
     try:
         if came: raise KeyboardInterrupt
-        yield
+        with handling(interrupt, signal.SIGTERM, signal.SIGALRM): yield
     except KeyboardInterrupt:
         if not came: raise
         heard()
         raise Stopped(came[0], kept if kept.exists() else "nothing") from None
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
 
 # %% ../../nbs/27_evaluate_run.ipynb #e5866582
 def describe(
@@ -312,14 +311,33 @@ def run_protocols(
                                              if isinstance(v, float) and not k.startswith("iou_")), flush=True)
 
 # %% ../../nbs/27_evaluate_run.ipynb #24a01274
-def check_out(
-    out:Path, # folder for the record of an evaluation
-):
-    "Raises `UserError` if it is the folder of a training."
+def check_places(
+    start, # as for `evaluate`
+    out, # as for `evaluate`
+)->tuple: # the two as paths, but "random" as it is
+    "Where an evaluation starts, and where its record goes. Raises `UserError`, also if that is the folder of a training."
+    if not isinstance(start, (str, Path)):
+        raise UserError(f"start is a {type(start).__name__}: give the folder of a run or a weight file (of a module of your own "
+                        "with its backbone=), or 'random'")
+    if str(start) != "random" and not (start := Path(start).expanduser()).exists():
+        raise UserError(f"nothing to start from at {start}: give the folder of a finished run, a weight file, or 'random'")
+    if out is None and not Path(start).is_dir():
+        raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
+    out = Path(out).expanduser() if out else Path(start)/"evaluation"
     record = out/"record.json"
     if (any((out/name).exists() for name in ("last.pt", "backbone.pth")) or
         record.exists() and read_record(out).get("kind") != "evaluation"):
         raise UserError(f"{out} is the folder of a run: give the evaluation one of its own, such as {out/'evaluation'}")
+    return start, out
+
+def check_finite(
+    backbone, # a module
+    start, # where it comes from, for the message
+):
+    "Raises `UserError` for weights that no training that went well leaves."
+    if not all(t.isfinite().all() for t in backbone.state_dict().values()):
+        raise UserError(f"the weights of {start} are not all finite numbers, as after a training that diverged: "
+                        "train again with a lower learning rate, or take an earlier checkpoint")
 
 def set_aside(
     out:Path, # folder of a record, or of one to come
@@ -353,27 +371,16 @@ def evaluate(
     Raises `UserError`, and `Stopped` on SIGTERM."""
     code_state()      # the record names the code as it is now
     names, data = ([names] if isinstance(names, str) else list(names)), tuple(data) if isinstance(data, list) else data
-    if not isinstance(start, (str, Path)):
-        raise UserError(f"start is a {type(start).__name__}: give the folder of a run or a weight file (of a module of your own "
-                        "with its backbone=), or 'random'")
-    start, out = Path(start).expanduser() if str(start) != "random" else start, out and Path(out).expanduser()
     if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, Path))):
         raise UserError(f"data is {data!r:.100}: give a folder, 'scenes', or a pair of sets (train, test)")
     if not names: raise UserError(f"no protocol is named: choose from {', '.join(protocols)}")
     check_least(workers=(workers, 0), seed=(seed, 0), size=(size or 8, 8))
     def set_up(chosen): return options_of(names, chosen, options)
     set_up(preset or "imagenette")      # a mistake is told before anything is read
-    if str(start) != "random" and not Path(start).exists():
-        raise UserError(f"nothing to start from at {start}: give the folder of a finished run, a weight file, or 'random'")
-    if out is None and not Path(start).is_dir():
-        raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
-    out, device = Path(out or Path(start)/"evaluation"), pick_device(device)
-    check_out(out)
+    (start, out), device = check_places(start, out), pick_device(device)
     with stopping_at_once(out/"partial.json"):
         net, info = load_backbone(start, backbone, seed)
-        if not all(t.isfinite().all() for t in net.state_dict().values()):
-            raise UserError(f"the weights of {start} are not all finite numbers, as after a training that diverged: "
-                            "train again with a lower learning rate, or take an earlier checkpoint")
+        check_finite(net, start)
         chosen, size = preset or usual_preset(start, info), size or info["size"] or 224
         settings = set_up(chosen)
         openers = dict.fromkeys(protocols[n].sets for n in names)
