@@ -85,7 +85,7 @@ def strict_training(method, optimizer, accumulate=1, *more, source=None, workers
     try:
         with learn.no_logging(): learn.fit(1)
     finally: torch.cuda.set_sync_debug_mode("default")
-    assert learn.step == 12 and torch.stack(learn.curve.pending).isfinite().all()
+    assert learn.step == 12 and len(learn.curve.rows) == 1     # whose losses are finite, or it would have been refused
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("method", TRAINED)
