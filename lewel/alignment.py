@@ -145,7 +145,7 @@ class CoupledHead(nn.Module):
         for what, n in ("feature channels", channels), ("embedding dimensions", dim):
             if groups < 1 or n % groups:
                 raise UserError(f"groups={groups} does not divide the {n} {what}; choose a divisor of both {channels} and {dim}")
-        if not scale > 0: raise UserError(f"scale={scale} must be positive")
+        if not 0 < scale < float("inf"): raise UserError(f"scale={scale} must be positive and finite")
         self.groups, self.scale, self.normalize, self.aggregation = (
             groups, scale, normalize, check_choice("aggregation", aggregation, aggregations))
         self.g, self.p = (Head(channels, hidden_dim, dim, norm) for _ in range(2))

@@ -7,7 +7,7 @@ __all__ = ['resnets', 'init_weights', 'resnet_features', 'basic_block', 'small_r
            'create_backbone']
 
 # %% ../nbs/04_backbones.ipynb #22e49dbf
-import hashlib
+import difflib, hashlib
 from collections import OrderedDict
 from contextlib import suppress
 from importlib.util import find_spec
@@ -97,6 +97,7 @@ def own_name(
 )->str: # such as "own:Net-3f2a9c"
     "What records call a module that has no name."
     if isinstance(backbone, type): raise UserError(f"the backbone is the class {backbone.__name__}: give a module, an object of it")
+    if not isinstance(backbone, nn.Module): raise UserError(f"the backbone is {backbone!r}: give a module here, and a name to the recipe")
     if any(map(is_lazy, backbone.state_dict(keep_vars=True).values())):
         raise UserError(f"the backbone {type(backbone).__name__} has lazy layers: show it an image first, so that they know their shapes")
     shapes = str([(name, tuple(t.shape)) for name, t in backbone.state_dict().items()])
@@ -106,8 +107,9 @@ def own_name(
 def create_backbone(
     backbone="resnet50", # "small", a name of `resnets`, a timm model's name where timm is installed, or any module that gives a feature map
 )->nn.Module: # B x 3 x height x width -> B x C x H x W
-    "A backbone that gives feature maps. Raises `UserError` for an unknown name."
+    "A backbone that gives feature maps. Raises `UserError` for an unknown name, or what is neither a name nor a module."
     if isinstance(backbone, nn.Module): return backbone
+    if not isinstance(backbone, str): raise UserError(f"the backbone is {backbone!r}: give a name, or a module (an object, not its class)")
     if backbone == "small": return small_resnet()
     if backbone.startswith("own:"):
         raise UserError(f"the backbone {backbone} is a module of your own: give it in Python, as backbone=, to "
@@ -115,5 +117,8 @@ def create_backbone(
     if backbone not in resnets and find_spec("timm"):
         import timm
         if timm.is_model(backbone): return timm.create_model(backbone, num_classes=0, global_pool="")
+        near = difflib.get_close_matches(backbone, timm.list_models(), n=1, cutoff=0.8)
+        hint = f"; or a model of timm{f', such as {near[0]}' if near else ''}"
+    else: hint = "; for a model of timm: pip install timm"
     try: return resnet_features(check_choice("backbone", backbone, ("small",) + resnets))
-    except UserError as e: raise e if find_spec("timm") else UserError(f"{e}; for a model of timm: pip install timm") from None
+    except UserError as e: raise UserError(f"{e}{hint}") from None

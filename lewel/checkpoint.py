@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['format_version', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'restore', 'check_same_recipe',
-           'check_same_run', 'load_method', 'load_run']
+           'check_same_run', 'load_method', 'method_of', 'load_run']
 
 # %% ../nbs/14_checkpoint.ipynb #3b4a71c5
 import random, zipfile
@@ -25,7 +25,7 @@ def rng_state(
 )->dict: # tensors, numbers and tuples only, so that it can be loaded with `weights_only`
     "States of torch's (CPU and CUDA), numpy's and Python's random generators."
     name, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
                 numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest), python=random.getstate())
 
 def set_rng_state(
@@ -124,13 +124,21 @@ def load_method(
 )->tuple: # (method in evaluation mode, recipe, what `load_checkpoint` gives)
     "The method in a checkpoint. Raises `UserError` if there is none."
     state = load_checkpoint(path)
+    return *method_of(state, path, backbone), state
+
+def method_of(
+    state:dict, # from `load_checkpoint`
+    path, # the checkpoint's, for messages
+    backbone=None, # as for `load_method`
+)->tuple: # (method in evaluation mode, recipe)
+    "The method that a state is of. Raises `UserError` for another backbone."
     recipe = Recipe(**state["recipe"])
     if backbone is not None and recipe.backbone.startswith("own:") and own_name(backbone) != recipe.backbone:
         raise UserError(f"{path} was trained with the backbone {recipe.backbone}, not {own_name(backbone)}: give the "
                         "module of that class and shape")
     method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
     method.load_state_dict(state["method"])
-    return method.eval(), recipe, state
+    return method.eval(), recipe
 
 # %% ../nbs/14_checkpoint.ipynb #9f2cc3ba
 def load_run(
@@ -144,5 +152,7 @@ def load_run(
                 f"with the same settings, or take its weights as they are from {run/'last.pt'}"}
     for name, remedy in remedies.items():
         if not (run/name).exists(): raise UserError(f"no finished run at {run}: {name} is missing; {remedy}")
-    try: return *load_method(run/"last.pt", backbone)[:2], read_record(run)
-    except UserError as e: raise UserError(f"{e}. If the file is damaged: remove {run}, and train again") from e
+    try: state = load_checkpoint(run/"last.pt")
+    except UserError as e:
+        raise UserError(f"{e}. If it is damaged, take best.pt beside it, where there is one, or train again in another folder") from e
+    return *method_of(state, run/"last.pt", backbone), read_record(run)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from .core import UserError, check_choice, warn
+from .core import UserError, check_choice, check_path, warn
 
 # %% ../nbs/01_data.ipynb #07feae5f
 class ImageSet:
@@ -30,6 +30,8 @@ class ImageSet:
         if len(indices) and (indices.dtype == torch.bool or indices.is_floating_point()):
             raise UserError(f"indices of {indices.dtype}: give whole numbers; of a mask, mask.nonzero().flatten()")
         indices = indices.long()
+        if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
+            raise UserError(f"indices from {indices.min()} to {indices.max()}: {self.name} has {len(self)} images, from 0 to {len(self) - 1}")
         for name in self._rows:
             rows = getattr(self, name)
             if torch.is_tensor(rows): rows = rows[indices.to(rows.device)]
@@ -37,6 +39,10 @@ class ImageSet:
             setattr(out, name, rows)
         out.skipped, out._sizes = list(self.skipped), None
         return out
+
+    def __repr__(self):
+        classes = "no labels" if self.labels is None else f"{len(self.labels.unique())} classes"
+        return f"{type(self).__name__}({self.name}: {len(self):,} images, {classes})"
 
     @property
     def readable(self):
@@ -49,17 +55,20 @@ class MemorySet(ImageSet):
     _rows = ("images", "labels", "paths")
 
     def __init__(self,
-        images:torch.Tensor, # N x 3 x H x W, uint8
+        images:torch.Tensor, # N x 3 x H x W, uint8; or a numpy array
         labels:torch.Tensor|None=None, # N class indices
         classes:list|None=None, # class names
         name:str="images", # what records call this set
         skipped=(), # names of the images that could not be read
         paths:list|None=None, # where the images come from, relative to their folder; None: they were not files
     ):
+        if isinstance(images, np.ndarray): images = torch.from_numpy(images)
+        if not torch.is_tensor(images): raise UserError(f"images are a {type(images).__name__}: give a tensor N x 3 x H x W of uint8")
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}")
         if labels is not None:
-            labels = torch.as_tensor(labels)
+            try: labels = torch.as_tensor(labels)
+            except (TypeError, ValueError) as e: raise UserError(f"labels must be N class indices ({e})") from None
             if labels.ndim != 1 or not torch.equal(labels, labels.long().to(labels.dtype)):
                 raise UserError(f"labels must be N class indices, not {tuple(labels.shape)} of {labels.dtype}")
             labels = labels.long()
@@ -146,11 +155,12 @@ EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif",
 NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"} # images, too
 
 def _files(folder, onerror=None):
-    "Paths of the files below `folder`, relative to it; hidden files and folders are left out."
+    "Paths of the files below `folder`, relative to it; hidden files and folders are left out, and folders of runs."
     for where, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         here = os.path.realpath(where)
         def loops(f): return os.path.islink(p := os.path.join(where, f)) and os.path.commonpath([t := os.path.realpath(p), here]) == t
         folders[:] = [f for f in folders if not f.startswith(".") and not loops(f)]
+        if {"last.pt", "curve.csv"} <= {*files}: folders[:] = []; continue            # a run's, with figures perhaps
         below = "" if Path(where) == Path(folder) else Path(where).relative_to(folder).as_posix() + "/"
         yield from (below + f for f in files if not f.startswith("."))
 
@@ -163,7 +173,7 @@ def list_images(
     def refuse(e): raise UserError(f"{e.filename} cannot be listed ({e.strerror}): make it readable, or move it away")
     files = sorted(_files(folder, refuse))
     if others := [f for f in files if _suffix(f) in NOT_READ]:
-        warn(f"{len(others)} files in {folder} are not read, such as {others[0]}: convert them to JPEG or PNG to have them, too")
+        warn(f"{len(others)} file{'s'*(len(others) > 1)} in {folder} not read, such as {others[0]}: convert to JPEG or PNG to have them, too")
     return [f for f in files if _suffix(f) in EXTENSIONS]
 
 # %% ../nbs/01_data.ipynb #af1edfee
@@ -369,7 +379,7 @@ def open_data(
     train_classes:list|None=None, # see `open_folder`
 )->MemorySet|FolderSet: # in memory when all images have one size and fit
     "Open a data set; raises `UserError`."
-    if str(data) == "": raise UserError("the folder of the images has no name: is a variable empty?")
+    check_path("the folder of the images", data)
     if str(data) == "scenes":
         from lewel.scenes import scenes
         return scenes(split, size=size)

@@ -24,9 +24,9 @@ def feature_std(
 def mean_cosine(
     z:torch.Tensor, # N x d embeddings, N > 1
 )->torch.Tensor: # scalar in [-1/(N-1), 1]
-    "Mean cosine over all pairs of different embeddings, in O(N d): 1 if collapsed, near 0 if isotropic. No device sync."
-    n = len(z)
-    return (F.normalize(z.float(), dim=1).sum(0).square().sum() - n)/(n*(n - 1))
+    "Mean cosine over all pairs of different embeddings, in O(N d): 1 if collapsed, near 0 if isotropic, 0 for zeros. No device sync."
+    n, directions = len(z), F.normalize(z.float(), dim=1)
+    return (directions.sum(0).square().sum() - directions.square().sum())/(n*(n - 1))
 
 # %% ../nbs/11_diagnostics.ipynb #3323d6f5
 def effective_rank(
@@ -68,7 +68,7 @@ MIN_RANK = 3. # dimensional collapse below
 UNIFORM_ENTROPY = 0.9999 # maps select nothing above
 PIXEL_ENTROPY = 0.1 # maps look at one pixel below
 
-_cure = "raise the target momentum, lengthen the warm-up or lower the learning rate, and see that the heads have BatchNorm"
+_cure = "raise the target momentum, lengthen the warm-up or lower the learning rate; BYOL's heads need BatchNorm"
 _checks = [ # (name, whether a value is wrong, what to say)
     ("feature_std", lambda v: v < MIN_STD,
      f"complete collapse: feature std {{:.3f}} (1 is healthy), images get nearly equal embeddings; {_cure}"),

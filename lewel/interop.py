@@ -6,9 +6,9 @@
 __all__ = ['head_parts', 'official_parts', 'numpy_numbers', 'detectron2_parts', 'exporters', 'export_formats', 'input_form',
            'official_names', 'read_weights', 'check_tensors', 'is_checkpoint', 'state_tensors', 'load_official',
            'optional', 'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone',
-           'run_backbone', 'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name', 'torch_file',
-           'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'check_kept', 'export_backbone',
-           'bullets', 'commit_words', 'judges', 'model_card', 'checkpoint_card']
+           'run_backbone', 'check_backbone', 'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name',
+           'torch_file', 'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'check_kept',
+           'export_backbone', 'bullets', 'commit_words', 'judges', 'model_card', 'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
 import errno, hashlib, importlib, os, pickle, tempfile
@@ -87,13 +87,13 @@ def is_checkpoint(
 def state_tensors(
     content, # of a weight file: a state dict, a dict with one under "state_dict", or our checkpoint: its online network
     what="the weights", # how a message calls it
-)->dict: # name -> tensor, names without data parallel's "module."
+)->dict: # name -> tensor, names without data parallel's "module." and torch.compile's "_orig_mod."
     "The state dict in a file's content. Raises `UserError` if there is none."
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if is_checkpoint(state): state = {k.removeprefix("online."): v for k, v in state["method"].items() if k.startswith("online.")}
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise UserError(f"{what} holds no state dict: expected names and tensors, as `model.state_dict()` gives them")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    return {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in state.items()}
 
 # %% ../nbs/10_interop.ipynb #c15f6b90
 def load_official(
@@ -128,7 +128,8 @@ def read_tensors(
     path, # a weight file, .safetensors or by `torch.save`
 ): # what is in it
     "Read a weight file of either kind. Raises `UserError`."
-    return (read_safetensors if Path(path).suffix == ".safetensors" else read_weights)(path)
+    path = Path(path).expanduser()
+    return (read_safetensors if path.suffix.lower() == ".safetensors" else read_weights)(path)
 
 def weights_fingerprint(
     module:nn.Module, # any
@@ -152,7 +153,7 @@ def fill_backbone(
             state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
     own = backbone.state_dict()
     counters = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith("num_batches_tracked")}
-    state = counters | {k: v for k, v in state.items() if not k.startswith("fc.")}
+    state = counters | {k: v for k, v in state.items() if k in own or not k.startswith("fc.")}          # without a classifier
     check_tensors(state, own, f"{path} does not fit the backbone (name the one it is for, by --backbone or backbone=; else it is resnet50)")
     backbone.load_state_dict(state)
     return backbone
@@ -187,14 +188,22 @@ def run_backbone(
     from lewel.checkpoint import load_method, load_run           # which needs this module
     from lewel.paper import recipe_name
     run, module = Path(run), backbone if isinstance(backbone, nn.Module) else None
-    if (run/"backbone.pth").exists() and not (run/"last.pt").exists(): return supervised_backbone(run)
+    if (run/"backbone.pth").exists() and not (run/"last.pt").exists(): return supervised_backbone(run, backbone)
     method, recipe, found = load_run(run, module) if run.is_dir() else load_method(run, module)
-    if isinstance(backbone, str) and backbone != recipe.backbone:
-        raise UserError(f"the run in {run} has the backbone {recipe.backbone}, not {backbone}: leave the backbone out")
+    check_backbone(run, recipe.backbone, backbone)
     info = dict(backbone=recipe.backbone, seed=recipe.seed, size=recipe.size)
     if run.is_dir(): return method.backbone, info | dict(method=found["method"], builds_on=[found["id"]])
     origin = dict(file=run.name, epochs=epochs_done(found), fingerprint=weights_fingerprint(method.backbone))
     return method.backbone, info | dict(method=recipe_name(recipe), builds_on=[]) | origin
+
+def check_backbone(
+    run, # its folder or checkpoint
+    recorded:str, # name of its backbone
+    asked, # name or module that the user gave, or None
+):
+    "Raises `UserError` if the run has another backbone than the one named."
+    if isinstance(asked, str) and asked != recorded:
+        raise UserError(f"the run in {run} has the backbone {recorded}, not {asked}: leave the backbone out")
 
 def epochs_done(
     checkpoint:dict, # from `load_checkpoint`
@@ -205,12 +214,14 @@ def epochs_done(
 
 def supervised_backbone(
     run, # folder of a finished run of `lewel.evaluate.semi.train_supervised`
+    backbone=None, # as for `run_backbone`
 )->tuple: # as `run_backbone`
     "The backbone of a network that was trained with labels. Raises `UserError`."
     from lewel.results import read_record
     record, file = read_record(run), Path(run)/"backbone.pth"
     recipe = record["recipe"]
-    net = fill_backbone(create_backbone(recipe["backbone"]).eval(), read_weights(file), file)
+    check_backbone(run, recipe["backbone"], backbone)
+    net = fill_backbone(create_backbone(recipe["backbone"] if backbone is None else backbone).eval(), read_weights(file), file)
     return net, dict(method=record["method"], backbone=recipe["backbone"], seed=record["seed"], size=recipe["size"],
                      builds_on=[record["id"]])
 
@@ -222,7 +233,7 @@ def start_from(
     "Set the weights that pretraining starts from. Raises `UserError` for a file that does not fit."
     content = read_tensors(path)
     state = state_tensors(content, path)
-    if any("neck." in k for k in state) and hasattr(method.aligned_criterion, "predictor"): load_official(method, state)
+    if any(k.startswith("online_net.neck.") for k in state) and hasattr(method.aligned_criterion, "predictor"): load_official(method, state)
     else:
         fill_backbone(method.backbone, content, path)
         method.target.load_state_dict(method.online.state_dict())
@@ -251,7 +262,7 @@ def detectron2_file(
     state:dict, # names and tensors of the backbone, torchvision's
 )->bytes: # content of the file, a pickle of arrays under detectron2's names
     "As detectron2 and MoCo's conversion have it; without the counters of batches, which have no name there."
-    arrays = {detectron2_name(k): v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    arrays = {detectron2_name(k): v.float().numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
     return pickle.dumps(dict(model=arrays, __author__="lewel", matching_heuristics=True))
 
 def safetensors_file(
@@ -297,7 +308,8 @@ def check_kept(
         raise UserError(f"{path} is a file of a run: name the weight file otherwise")
     ours = card.exists() and card.read_text(errors="replace").startswith(f"# {path.name}\n")
     if card.exists() and not ours:
-        raise UserError(f"{card}, where the model card goes, is there already and is another text: name the weight file otherwise")
+        raise UserError(f"{card}, where the model card goes, is there already and is another text, or another file's card: "
+                        f"name the weight file otherwise than {path.stem}")
     if path.exists() and not ours:
         raise UserError(f"{path} is there already, without the card of an export: name the weight file otherwise, or remove it")
 
@@ -311,23 +323,26 @@ def export_backbone(
     run = Path(method).expanduser() if isinstance(method, (str, Path)) else None
     path = path and Path(path).expanduser()
     if run and not path: path = run/f"backbone-{format}{suffix}" if run.is_dir() else run.parent/f"{run.stem}-{format}{suffix}"
-    if run and Path(path).suffix == ".md":
-        raise UserError(f"{path} is the place of the model card: name the weight file otherwise, such as "
-                        f"{Path(path).with_suffix(suffix).name}")
     if not path: raise UserError("say where the weights go: path=FILE")
+    others = {s for s, _ in exporters.values()} - {suffix}
+    if path.suffix in others or run and path.suffix == ".md":
+        what = "the place of the model card" if path.suffix == ".md" else f"named as another format than {format} is"
+        raise UserError(f"{path} is {what}: name the weight file otherwise, such as {path.with_suffix(suffix).name}")
     check_place(path)
-    if run: check_kept(run, Path(path))
+    if run: check_kept(run, path)
     if run: method = run_backbone(run)[0]
     backbone = getattr(method, "backbone", method)
-    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    # copies: safetensors refuses tensors that share memory
+    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state_tensors(backbone.state_dict()).items()}
     theirs = format == "safetensors" or format == "timm" and type(backbone).__module__.startswith("timm.")
     if not theirs and not any(fits_torchvision(name, state) for name in resnets):
         known = ", ".join(resnets)
         raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; "
                         "safetensors takes any, timm also timm's own")
-    made = content(state)
-    if run: atomic_write(Path(path).with_suffix(".md"), (model_card if run.is_dir() else checkpoint_card)(run, Path(path).name, format))
-    return atomic_write(path, made)
+    card = run and (model_card if run.is_dir() else checkpoint_card)(run, path.name, format)
+    atomic_write(path, content(state))
+    if run: atomic_write(path.with_suffix(".md"), card)
+    return path
 
 # %% ../nbs/10_interop.ipynb #3e3350ee
 input_form = "shown to it in RGB, normalized with ImageNet's mean and standard deviation"

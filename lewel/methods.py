@@ -236,17 +236,18 @@ def check_options(
 )->dict: # all options, with defaults
     "Raises `UserError` for an unknown method, an option it does not have, or an impossible value."
     defaults = method_defaults[check_choice("method", name, method_defaults)]
+    if not isinstance(options, dict): raise UserError(f"options={options!r} must be a dict of option names and values")
     for o in options: check_choice(f"option of {name}", o, defaults)
     o = defaults | options
     check_choice("target_norm", o["target_norm"], ("eman", "params"))
     check_choice("predictor_init", o.get("predictor_init", "kaiming"), ("kaiming", "torch"))
     for k, v in options.items(): check_kind(k, v, defaults[k])
     for k in "dim", "hidden_dim", "groups", "queue_size":
-        if o.get(k) is not None and not (isinstance(o[k], int) and o[k] >= 1):
-            raise UserError(f"{k}={o[k]!r} must be a positive whole number")
+        if o.get(k) is not None and o[k] < 1: raise UserError(f"{k}={o[k]!r} must be a positive whole number")
     for k in "global_weight", "base_momentum":
         if not 0 <= o.get(k, 0) <= 1: raise UserError(f"{k}={o[k]!r} must lie between 0 and 1")
-    if not o.get("temperature", 1) > 0: raise UserError(f"temperature={o['temperature']!r} must be positive")
+    for k in "temperature", "scale":
+        if not 0 < o.get(k, 1) < float("inf"): raise UserError(f"{k}={o[k]!r} must be positive and finite")
     return o
 
 # %% ../nbs/08_methods.ipynb #c743f6d5

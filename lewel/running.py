@@ -83,8 +83,9 @@ class NonFiniteLoss(RuntimeError):
 def check_least(
     **values, # name=(value, least)
 ):
-    "Raises `UserError` for a number that is too small."
+    "Raises `UserError` for what is no whole number, or too small."
     for name, (value, least) in values.items():
+        if type(value) is not int: raise UserError(f"{name}={value!r} must be a whole number")
         if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
 
 # %% ../nbs/15_running.ipynb #f7f99c0b
@@ -93,11 +94,13 @@ def pick_device(
 )->torch.device:
     "The device to work on. Raises `UserError` if it is not there."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: torch.zeros(1, device=device)
+    try:
+        if (found := torch.device(device)).type != "cuda" and str(found) != "cpu": raise ValueError("it is neither cpu nor cuda")
+        torch.zeros(1, device=found)
     except Exception as e:
         raise UserError(f"device {device!r} is not available here ({str(e).splitlines()[0]}); use 'auto' or 'cpu'") from e
-    if torch.device(device).index is not None: torch.cuda.set_device(device)      # else some memory of the first GPU would be taken too
-    return torch.device(device)
+    if found.index is not None: torch.cuda.set_device(found)      # else some memory of the first GPU would be taken too
+    return found
 
 def peak_memory_mb(
     device:torch.device, # where it ran

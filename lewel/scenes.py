@@ -38,7 +38,7 @@ PARTS = {"train": (0, 4/6, 0., 0.6), "val": (4/6, 5/6, 0.6, 0.8), "test": (5/6, 
 def digit_scans(
     split:str, # "train", "val" or "test"
 )->tuple: # scans, n x 8 x 8 floats in [0, 1]; classes, n; their indices among the 1,797, n
-    "The handwritten digits of a split: as good as the same share of every class."
+    "The handwritten digits of a split: nearly the same share of every class."
     from sklearn.datasets import load_digits
     digits, order = load_digits(), np.random.default_rng(0).permutation(1797)
     members = [order[digits.target[order] == c] for c in range(10)]

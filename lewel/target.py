@@ -19,7 +19,7 @@ from .core import UserError
 def momentum_schedule(
     step:int, # t, the optimizer step just taken, from 0
     total_steps:int, # T
-    base_momentum:float=0.996, # m0
+    base_momentum:float, # m0
 )->float: # m(t)
     "BYOL's cosine schedule of the target's momentum (method.md section 4)."
     return 1 - (1 - base_momentum)*(1 + math.cos(math.pi*step/total_steps))/2

@@ -79,7 +79,7 @@ class ViewRecipe:
                 raise UserError(f"{name} {getattr(self, name)}: give a strength of at least 0{' and at most 0.5' if most == 0.5 else ''}")
 
     @property
-    def blur_size(self): return 2*(self.size//20) + 1 # the odd number nearest to 10% of the size
+    def blur_size(self): return 2*(self.size//20) + 1 # the odd number nearest to 10% of the size, as SimCLR has it; below 20 pixels nothing is blurred
 
 # %% ../nbs/03_views.ipynb #551cd481
 def byol_views(
@@ -387,9 +387,9 @@ class ViewLoader:
         epochs:int=1, # how many there are: between them the workers of a `FolderSet` go on
     ):
         n = len(images)
-        if not 1 <= batch_size <= n:
-            raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: choose a batch_size "
-                            f"from 2 to {n}, or add images")
+        if not 2 <= batch_size <= n:
+            raise UserError(f"batch_size {batch_size} with the {n} images of {images.name!r}: "
+                            f"{f'choose a batch_size from 2 to {n}, or ' if n > 1 else ''}add images")
         if batch_size % (world_size*parts):
             raise UserError(f"batch_size {batch_size} with {world_size} processes and {parts} parts: choose a "
                             f"multiple of {world_size*parts}")

@@ -24,7 +24,8 @@ from .core import METHODS, UserError, atomic_write, check_choice
 from .data import FolderSet, MemorySet
 from .interop import read_weights
 from .paper import published_gains
-from .results import PAIRS, read_record
+from .paper import PAIRS
+from .results import read_record
 from .views import apply_views, denormalize, draw_views, luminance, normalize
 
 # %% ../nbs/28_visualize.ipynb #8c972afb
