@@ -111,6 +111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lewel.boxes.pack_objects': ('boxes.html#pack_objects', 'lewel/boxes.py'),
                              'lewel.boxes.read_coco': ('boxes.html#read_coco', 'lewel/boxes.py'),
                              'lewel.boxes.scene_boxes': ('boxes.html#scene_boxes', 'lewel/boxes.py'),
+                             'lewel.boxes.tell_dropped': ('boxes.html#tell_dropped', 'lewel/boxes.py'),
                              'lewel.boxes.voc_folders': ('boxes.html#voc_folders', 'lewel/boxes.py'),
                              'lewel.boxes.voc_image': ('boxes.html#voc_image', 'lewel/boxes.py'),
                              'lewel.boxes.voc_names': ('boxes.html#voc_names', 'lewel/boxes.py'),

@@ -99,9 +99,9 @@ def subset(self:MaskSet,
 
 @patch
 def fingerprint(self:MaskSet)->str: # 16 hex digits
-    "SHA-256 over images, masks and classes; files count by path and size."
+    "SHA-256 over images, masks and classes; of files, images count by path and size, masks by name and size."
     masks = (self.masks.numpy().tobytes() if torch.is_tensor(self.masks)
-             else "".join(f"{m.name}\t{m.stat().st_size}\n" for m in self.masks).encode())
+             else "".join(f"{m.name}\t{m.stat().st_size}\n" for m in self.masks).encode(errors="surrogateescape"))
     return hashlib.sha256(f"{self.images.fingerprint()} {self.classes}\n".encode() + masks).hexdigest()[:16]
 
 # %% ../nbs/21_masks.ipynb #cd6e08de
@@ -172,7 +172,8 @@ def camvid_images(
         listed = [line.strip() for line in read_lines(valid) if line.strip()]
         if missing := sorted(set(listed) - set(paths)):
             raise UserError(f"{valid} lists {missing[0]}, which is not in {images}: correct the list, or add the image")
-        paths = [p for p in paths if (p in set(listed)) == (split != "train")]
+        listed = set(listed)
+        paths = [p for p in paths if (p in listed) == (split != "train")]
     if not paths: raise UserError(f"the {split} split of {root} is empty: put images into {images/folder if folder else images}")
     return name, paths
 

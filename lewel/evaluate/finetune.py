@@ -96,13 +96,14 @@ def finetune(
             loss.backward()
             optimizer.step()
             step, now = step + 1, time.time()
-            last, tell = step == schedule.steps, now - printed > 10
-            if not (last or tell or signals or now - saved > every): continue
+            last, tell, keep = step == schedule.steps, now - printed > 10, state_file and now - saved > every
+            if not (last or tell or signals or keep): continue
+            printed = now if tell else printed
             if not math.isfinite(value := loss.item()):
-                raise NonFiniteLoss(f"{title or identity or 'fine-tuning'}: the loss is {value} at step {step - 1}: "
+                raise NonFiniteLoss(f"{title or identity or 'fine-tuning'}: the loss is {value} by step {step - 1}, where it was looked at: "
                                     "lower the protocol's learning rate")
-            if title and (last or tell): printed = now; _progress(title, step, first, schedule.steps, value, batch_size, started)
-            if state_file and (last or signals or now - saved > every):
+            if title and (last or tell): _progress(title, step, first, schedule.steps, value, batch_size, started)
+            if state_file and (last or signals or keep):
                 state = dict(identity=identity, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                              rng=rng_state(), seconds=earlier + now - started)
                 atomic_write(state_file, lambda f: torch.save(state, f))

@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple, get_args
 import torch
 from ..boxes import BoxSet, open_boxes
 from ..checkpoint import load_checkpoint
-from ..core import SCALES, UserError, atomic_write, check_choice, handling, warn
+from ..core import SCALES, UserError, atomic_write, check_choice, check_path, handling, warn
 from ..data import ImageSet, has_split, open_data
 from .detection import DETECTION, check_detection, evaluate_detection
 from .finetune import spent
@@ -58,7 +58,11 @@ def evaluation_sets(
         train = open_data(data, "train", size, strict)
         test = open_data(data, "test" if str(data) == "scenes" else "val", size, strict, train.classes)
     for part, images in ("train", train), ("val", test):
-        if images.labels is None: raise UserError(f"the {part} images of {data} have no labels: put them into class folders")
+        if images.labels is None: raise UserError(f"the {part} images ({images!r}) have no labels: put them into class folders")
+    if train.classes is not None and test.classes is not None and list(train.classes) != list(test.classes):
+        raise UserError(f"the classes of {train.name} and {test.name} differ, or are in another order: labels have to mean the same in both")
+    if extra := set(test.labels.tolist()) - set(train.labels.tolist()):
+        warn(f"label {min(extra)} of {test.name} is not among those of {train.name}: such images cannot be classified right")
     return train, test
 
 # %% ../../nbs/27_evaluate_run.ipynb #dfebef2c
@@ -319,11 +323,11 @@ def check_places(
     if not isinstance(start, (str, Path)):
         raise UserError(f"start is a {type(start).__name__}: give the folder of a run or a weight file (of a module of your own "
                         "with its backbone=), or 'random'")
-    if str(start) != "random" and not (start := Path(start).expanduser()).exists():
+    if str(start) != "random" and not (start := check_path("the place to start from", start)).exists():
         raise UserError(f"nothing to start from at {start}: give the folder of a finished run, a weight file, or 'random'")
     if out is None and not Path(start).is_dir():
         raise UserError(f"{start} is not the folder of a run: say where the record goes (--out FOLDER; in Python out=...)")
-    out = Path(out).expanduser() if out else Path(start)/"evaluation"
+    out = Path(start)/"evaluation" if out is None else check_path("the folder of the record", out)
     record = out/"record.json"
     if (any((out/name).exists() for name in ("last.pt", "backbone.pth")) or
         record.exists() and read_record(out).get("kind") != "evaluation"):
@@ -370,11 +374,12 @@ def evaluate(
     """Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted.
     Raises `UserError`, and `Stopped` on SIGTERM."""
     code_state()      # the record names the code as it is now
-    names, data = ([names] if isinstance(names, str) else list(names)), tuple(data) if isinstance(data, list) else data
+    names, data = (names.split(",") if isinstance(names, str) else list(names)), tuple(data) if isinstance(data, list) else data
     if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, Path))):
         raise UserError(f"data is {data!r:.100}: give a folder, 'scenes', or a pair of sets (train, test)")
     if not names: raise UserError(f"no protocol is named: choose from {', '.join(protocols)}")
-    check_least(workers=(workers, 0), seed=(seed, 0), size=(size or 8, 8))
+    check_least(workers=(workers, 0), seed=(seed, 0), size=(8 if size is None else size, 8))
+    if not isinstance(options, dict): raise UserError(f"options={options!r} must be a dict, e.g. dict(lr=0.04)")
     def set_up(chosen): return options_of(names, chosen, options)
     set_up(preset or "imagenette")      # a mistake is told before anything is read
     (start, out), device = check_places(start, out), pick_device(device)
