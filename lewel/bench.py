@@ -462,7 +462,7 @@ def drain(
     def run(watch):
         batches = iter(loader)
         for n, what in (ahead, "ahead"), (count, "timed"):
-            for views in itertools.islice(batches, n): on_device = [v.to(device, non_blocking=True) for v in views[:2]]
+            for views in itertools.islice(batches, n): [v.to(device, non_blocking=True) for v in views[:2]]
             watch.mark(what)
     return run
 
@@ -602,7 +602,7 @@ def _bars(record):
     rows = [(name, f"{limit} {bar:g}", r[name], bar_met(r[name], limit, bar)) for name, limit, bar in bars]
     enough = math.ceil(record["workers"]/r["lewel_b step / its batch from files"])
     streaming = (f"Workers that decoded files: {record['workers']}; workers that a step of lewel_b would need, "
-                 f"each with a core to itself: {enough}. Where a GPU does the colours, for 1,000 images/s of ImageNet's size "
+                 f"each with a core to itself: {enough}. Where a GPU does the colors, for 1,000 images/s of ImageNet's size "
                  f"({IMAGENET_PX} px): {math.ceil(1000/r['a worker: images per second, 224 px'])}.")
     return f"## Bars\n\nSet for {setting}.\n\n{table(('bar', 'wanted', 'measured', 'met'), rows)}\n\n{streaming}"
 

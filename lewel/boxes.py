@@ -350,7 +350,8 @@ def coco_shape(
             raise UserError(f"{where}, segmentation: run lengths for size {segmentation.get('size')} and an image of "
                             f"{list(size)} (height, width): they must agree")
         try:
-            if isinstance(counts, list) and not (numbers and min(counts) >= 0): raise ValueError("a length that is no whole number, or below 0")
+            if isinstance(counts, list) and not numbers: raise ValueError("a length that is no whole number")
+            if numbers and min(counts) < 0: raise ValueError("a length below 0")
             draw_masks([segmentation], *size)
         except Exception as e: raise UserError(f"{where}, segmentation: these run lengths cannot be drawn ({e}): correct them") from None
         return segmentation

@@ -13,7 +13,7 @@ import argparse, errno, os, sys, time
 from dataclasses import fields
 from pathlib import Path
 from fastcore.docments import docments
-from .core import UserError, check_choice, parse_option
+from .core import PROTOCOLS, UserError, check_choice, parse_option
 from .paper import Recipe, get_recipe, recipe_name, recipes
 
 # %% ../nbs/31_cli.ipynb #005c3496
@@ -112,7 +112,7 @@ def listed(
     text:str, # separated by commas
 )->list: # of them, without blanks
     "What an option lists."
-    return [w.strip() for w in text.split(",")]
+    return [w.strip() for w in text.split(",") if w.strip()]
 
 def check_given(
     args, # parsed arguments
@@ -206,7 +206,8 @@ def dry_evaluate(
     from lewel.cost import cost_report, protocol_cost, trainings
     preset, names = check_choice("preset", args.preset or "imagenette", recipes), listed(args.protocol)
     base = get_recipe("byol", preset)
-    if len(names) > 1: names = [n for n in names if n != "knn"]          # which trains nothing
+    if set(names) != {"knn"}: names = [n for n in dict.fromkeys(names) if n != "knn"]          # which trains nothing
+    if not names: raise UserError(f"no protocol is named: choose from {', '.join(trainings)}")
     for n in names: check_choice("protocol of a dry run", n, trainings)
     backbone, size = args.backbone or base.backbone, args.size or base.size
     cost = lambda n: protocol_cost(n, preset, backbone, size, args.device, batch=args.dry_batch)
@@ -233,9 +234,9 @@ def recorded_scale(
 
 def pretrain_command(argv=None):
     "lewel-pretrain"
-    from lewel.pretrain import pretrain
-    from lewel.running import time_budget
     def action(a):
+        from lewel.pretrain import pretrain          # here, since it takes seconds that a misspelled option need not wait for
+        from lewel.running import time_budget
         check_given(a, ("data", "out"))
         recipe = recipe_from(a)
         if a.dry_run: return print(dry_pretrain(recipe, a))
@@ -243,14 +244,12 @@ def pretrain_command(argv=None):
         record = pretrain(recipe, a.data, a.out, a.device, a.workers, a.strict, a.log_every, a.save_every, a.monitor_every, a.snapshots,
                           scale=recorded_scale(a.scale, a.data), start=a.start, progress=a.progress,
                           cbs=logger_callbacks(a.logger if first_process() else "none", a.out), accumulate=a.accumulate, compile=a.compile)
-        if first_process(): print(f"{pretrain_summary(record)}; {a.out}/record.json")
+        if first_process(): print(f"{pretrain_summary(record)}; {Path(a.out)/'record.json'}")
     return run_command(pretrain_parser(), action, argv)
 
 # %% ../nbs/31_cli.ipynb #a9b291f6
 def evaluate_command(argv=None):
     "lewel-evaluate"
-    from lewel.evaluate.run import evaluate, protocols
-    from lewel.running import time_budget
     p = Parser(prog="lewel-evaluate",
         description="Evaluate a pretrained backbone and write a record. Called again with the same arguments it goes on where it stopped.")
     p.add_argument("start", metavar="START", nargs="?",
@@ -259,7 +258,7 @@ def evaluate_command(argv=None):
     p.add_argument("--data",
         help="for knn, linear and semi a folder with train/ and val/, each with class folders, or 'imagenette'; for segmentation "
              "one in the layout of CamVid or Pascal VOC; for detection Pascal VOC or COCO; for instance COCO; or 'scenes'")
-    p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(protocols)}")
+    p.add_argument("--protocol", default="knn,linear", help=f"which protocols, separated by commas: {', '.join(PROTOCOLS)}")
     p.add_argument("--preset", default=None,
         help="settings of the protocols: smoke, demo, imagenette or paper (the authors') (default: that of the run's scale, or of the "
              "scale whose backbone and size it has; else, and for --dry-run, imagenette)")
@@ -277,14 +276,16 @@ def evaluate_command(argv=None):
     add_budget(p)
     add_dry_run(p, "2")
     def action(a):
+        from lewel.evaluate.run import evaluate
+        from lewel.running import time_budget
         check_given(a, ("start", "data"))
         if a.dry_run and a.option: raise UserError("--option is not for --dry-run, which counts the presets as they are")
         if a.dry_run: return print(dry_evaluate(a))
         time_budget(a.max_minutes)
         record = evaluate(a.start, a.data, a.out, listed(a.protocol), a.preset, a.backbone, a.size, a.seed, a.device, a.strict,
                           workers=a.workers, options=dict(parse_option(o) for o in a.option))
-        metrics = ", ".join(f"{k} {v:.1f}" for k, v in record["metrics"].items() if v is not None)
-        print(f"{record['id']}: {metrics}; {a.out or Path(a.start)/'evaluation'}/record.json")
+        metrics = ", ".join(f"{k} {v:.1f}" for k, v in sorted(record["metrics"].items()) if v is not None and k != "knn_k")       # no percentage
+        print(f"{record['id']}: {metrics}; {Path(a.out or Path(a.start)/'evaluation')/'record.json'}")
     return run_command(p, action, argv)
 
 # %% ../nbs/31_cli.ipynb #500925b7
@@ -303,7 +304,6 @@ def export_command(argv=None):
 # %% ../nbs/31_cli.ipynb #9f4c59a4
 def bench_command(argv=None):
     "lewel-bench"
-    from lewel.bench import bench
     p = Parser(prog="lewel-bench",
         description="Time the training step by phase, against its own bound and other libraries, side by side in one run.")
     p.add_argument("--backbone", default="resnet18", help="torchvision ResNet")
@@ -316,5 +316,6 @@ def bench_command(argv=None):
     p.add_argument("--workers", type=int, default=None, help="processes that decode JPEG files; by default as many as there are cores")
     p.add_argument("--compile", action="store_true", help="time the steps with torch.compile, too")
     def action(a):
+        from lewel.bench import bench
         bench(a.backbone, a.size, a.batch_size, a.repeats, a.device, a.out, precision=a.precision, workers=a.workers, compile=a.compile)
     return run_command(p, action, argv)

@@ -12,7 +12,7 @@ __all__ = ['NUMBERS', 'CLASSES', 'builders', 'NO_MEMORY', 'trainings', 'SUSTAINE
            'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
 # %% ../nbs/29_cost.ipynb #e6f6caf7
-import math, os, re, signal, time
+import math, os, re, shlex, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
@@ -43,7 +43,7 @@ from .methods import check_options, create_method, method_defaults
 from .paper import Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes, views_of
 from .pretrain import Precision, Pretraining, Steps, compile_networks, create_optimizer
 from .running import check_least, keep_freed_memory, peak_memory_mb, pick_device
-from .results import environment, scale_note, write_record
+from .results import environment, scale_note
 from .scenes import SIZES
 from .views import ViewLoader
 
@@ -174,7 +174,8 @@ def protocol_counts(
     largest:bool=False, # detectors: the largest image instead of the mean over the sizes
 )->dict: # trained, parameters, multiply_adds (an image, in training)
     "What can be said of a protocol's network by counting. Raises `UserError` for an unknown protocol."
-    p = protocols[check_choice("protocol", name, CLASSES)].presets[preset]
+    presets = protocols[check_choice("protocol", name, CLASSES)].presets
+    p = presets[check_choice("preset", preset, presets)]
     with torch.device("meta"):
         model = builders[name](create_backbone(backbone), classes_of(name, preset), p)
         images = torch.empty(2, 3, *_image_size(name, p, size, largest))
@@ -373,11 +374,11 @@ def method_cost(
 )->dict: # `method_counts`, `take_twice`, kind, batch, batch_size, device, precision; the run's steps, total; measured_multiply_adds taken
     "Count a recipe and take a few steps of it, in a process of its own, and of half the batch in another. Raises `UserError`."
     device, counts, r = pick_device(device), method_counts(recipe), recipe
-    batch = batch or min(8 if device.type == "cpu" else 128, r.batch_size)
     check_least(accumulate=(accumulate, 1))
+    if batch is None: batch = min(max(8 if device.type == "cpu" else 128, 2*accumulate)//accumulate*accumulate, r.batch_size)
     parts = f" in {accumulate} parts" if accumulate > 1 else ""
     if batch//accumulate < 2 or steps < 2:
-        raise UserError(f"{steps} steps of {batch} images{parts}: at least 2 steps, of 2 images each time, are needed")
+        raise UserError(f"{steps} steps of {batch} images{parts}: at least 2 steps, of 2 images each time, are needed (--dry-batch)")
     if images < r.batch_size:
         raise UserError(f"batch_size {r.batch_size} with {images} images: choose a smaller batch_size, or add images")
     products, total = counts["multiply_adds"], r.epochs*(images//r.batch_size)
@@ -447,7 +448,7 @@ def memory_at(
 def _memory_lines(c):
     "The memory of a whole batch and of an eighth of it, where two batches were measured."
     whole, share = c["batch_size"], c["batch_size"]//8 if c["kind"] == "pretraining" else 1      # evaluations have one GPU
-    if "mb_per_image" not in c or c["batch"] == whole and share == 1: return {}                   # nothing to estimate it from, or measured
+    if "mb_per_image" not in c or c["batch"] == whole and share <= 1: return {}                   # nothing to estimate it from, or measured
     eighth = f"; {memory_at(c, share):,.0f} MiB for the {share} of each of eight GPUs" if share > 1 else ""
     return dict(estimated=f"{memory_at(c, whole):,.0f} MiB for {whole} images on one GPU{eighth}; "
                           f"a straight line through two batches, {c['precision']}")
@@ -542,7 +543,7 @@ def job(
     words += [f"{results}/notebooks/{copy}.ipynb", f"{results}/marks/{name}.{mark}"]
     if notebook == "evaluate": words.append(f"--needs {results}/runs/{parameters['method']}-s{parameters['seed']}")
     parameters = dict(scale=s.scale, device=s.device, max_minutes=s.max_minutes) | parameters
-    return " ".join([*words, *(f"{k}={v}" for k, v in parameters.items() if v is not None)])
+    return " ".join([*words, *(f"{k}={shlex.quote(str(v))}" for k, v in parameters.items() if v is not None)])
 
 # %% ../nbs/29_cost.ipynb #1b5a456e
 GPUS = dict(paper=8) # scale -> GPUs of a run, where it needs more than one (method.md section 5)
@@ -565,7 +566,7 @@ def torchrun(
     words = [f"torchrun --standalone --nproc-per-node {GPUS[s.scale]} -m lewel.pretrain --scale {s.scale} --method {name}"]
     words += [f"--option {k}={v}" for k, v in of_method.items()]
     words += [f"--{k.replace('_', '-')} {v}" for k, v in (changed | options).items()]
-    return " ".join([*words, f"--data {data} --out {out}"])
+    return " ".join([*words, f"--data {shlex.quote(str(data))} --out {shlex.quote(str(out))}"])
 
 # %% ../nbs/29_cost.ipynb #e818341e
 MINUTES = dict(imagenette=dict(byol=54, mocov2=58)) # scale -> method -> what such a training took lightly on an A6000 (method.md section 8)
@@ -603,7 +604,7 @@ def evaluation_plan(
         for end, (data, names, seeds) in evaluation_groups(placed(s)).items():
             if seed >= seeds: continue
             name = f"{method}-s{seed}{end}"
-            command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=f"'{' '.join(names)}'",
+            command = job("evaluate", s, name, "evaluated", method=method, seed=seed, data=data, protocols=" ".join(names),
                           workers=s.workers, runs=f"{results}/runs", out=f"{results}/evaluations/{name}")
             section = next(section for section in reversed(sections) if section == "data" and not end or section in names)
             yield dict(name=f"{name} ({' '.join(names)})", command=command, work=evaluation_work(names, s.scale, r),
@@ -621,7 +622,7 @@ def ablation_plan(
         for factor in ("default", *ablation_factors(method, s.scale)):
             runs, name = ablation_runs(method, factor, s.scale, seed), f"{method}-{factor.replace(' ', '-')}-s{seed}"
             out = f"results/{s.scale}/ablations/{name}"
-            command = job("ablation", s, name, "ablated", method=method, factor=f"'{factor}'", seed=seed, data=data,
+            command = job("ablation", s, name, "ablated", method=method, factor=factor, seed=seed, data=data,
                           workers=s.workers, out=out)
             several = (torchrun(s, r.method, r, data, f"{out}/{run}", monitor_every=r.epochs) for run, r in runs.items())
             yield dict(name=f"{name} ({len(runs)} runs)", command=command, first=[c for c in several if c],

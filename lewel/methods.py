@@ -7,11 +7,10 @@ __all__ = ['byol_defaults', 'mocov2_defaults', 'lewel_defaults', 'method_default
            'Method', 'check_kind', 'check_options', 'create_method']
 
 # %% ../nbs/08_methods.ipynb #fc6c1f06
-import copy, inspect
+import copy
 from typing import NamedTuple
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import UserError, check_choice

@@ -11,7 +11,7 @@ __all__ = ['paper_recipes', 'recipes', 'PAIRS', 'conditions', 'published', 'publ
 import re
 from dataclasses import dataclass, field, fields, replace
 import pandas as pd
-from .core import SCALES, UserError, check_choice
+from .core import UserError, check_choice
 from .methods import check_kind, check_options, method_defaults
 from .views import ViewRecipe, byol_views, mocov2_views
 
@@ -43,7 +43,8 @@ class Recipe:
     def changed(self, **values):
         "A copy with other values. Raises `UserError` for an unknown name."
         for k in values: check_choice("recipe setting", k, [f.name for f in fields(self)])
-        return replace(self, **values)
+        own = dict(options=dict(self.options), view_options=dict(self.view_options))          # which may be changed without changing ours
+        return replace(self, **(own | values))
 
 # %% ../nbs/12_paper.ipynb #3f19ca98
 def views_of(
@@ -212,7 +213,7 @@ def condition_recipe(
     seed:int, # of the run
 )->Recipe: # the demo's, changed
     "The recipe of the runs in a folder. Raises `UserError` for an unknown one."
-    check_choice("condition", folder, {condition_folder(c, m) for c in conditions for m in ("lewel_m", "mocov2")})
+    check_choice("condition", folder, dict.fromkeys(condition_folder(c, m) for c in conditions for m in ("lewel_m", "mocov2")))
     r = get_recipe(method, "demo", seed=seed)
     if folder.startswith("map-6x6"): r = r.changed(size=96)
     if folder == "bfloat16": r = r.changed(precision="bfloat16")

@@ -24,16 +24,16 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
-from .backbones import own_name
+from .backbones import frozen, own_name
 from .core import UserError, atomic_write, check_path, pace, warn
 from .checkpoint import check_same_run, load_checkpoint, restore, save_checkpoint
 from .data import ImageSet, has_split, open_data
 from .diagnostics import MIN_RANK, diagnose, measure
-from .evaluate.knn import extract_features, frozen, knn_accuracy
+from .evaluate.knn import extract_features, knn_accuracy
 from .interop import commit_words, start_from
 from .methods import Losses, Method, create_method
 from .optim import LARS, lars_parameters, warmup_cosine
-from .paper import Recipe, get_recipe, recipe_name, views_of
+from .paper import Recipe, recipe_name, views_of
 from .running import (NonFiniteLoss, Stopped, announced, check_least, check_same, first_alone,
                            forget_peak_memory, from_all_ranks, from_first_rank, held_output)
 from .running import (keep_freed_memory, local_device, maximum_over_ranks, noting_signals, peak_memory_mb,

@@ -7,7 +7,7 @@ __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPE
            'cpu_model', 'environment', 'plain', 'check_keys', 'run_id', 'write_record', 'read_record', 'read_records',
            'write_curve', 'read_curve', 'mean_std', 'summarize', 'add_published', 'add_missing', 'make_table',
            'compare_with_anchor', 'judged_on', 'compare_records', 'paired_interval', 'gain_table', 'conclude',
-           'ablated_runs', 'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
+           'count_clear', 'ablated_runs', 'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -15,7 +15,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 import pandas as pd
 from scipy.special import stdtrit
@@ -351,6 +350,14 @@ def conclude(
         interval = f", 95% interval {r.low:+.2f} to {r.high:+.2f} ({r.n} seeds)" if r.n > 1 else ""
         out.append(f"{r.method} over {r.baseline}, {r.metric}: {r.mean:+.2f} points{interval}: {_verdict(r.low, r.high)}")
     return out
+
+def count_clear(
+    gains:pd.DataFrame, # from `gain_table`
+)->list: # a sentence; none where there is no interval
+    "How many intervals leave zero out, beside how many would by chance."
+    judged = gains[gains.n > 1]
+    clear = int(((judged.low > 0) | (judged.high < 0)).sum())
+    return [f"Of these {len(judged)} intervals, {clear} leave{'s'*(clear == 1)} zero out; chance alone would make it {len(judged)/20:.1f}."] if len(judged) else []
 
 # %% ../nbs/13_results.ipynb #3fcd9c1f
 def _ablation_grid(method, scale):

@@ -19,12 +19,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from matplotlib.patches import Circle, Polygon, Rectangle
 from matplotlib.transforms import Affine2D
+from .backbones import frozen
 from .checkpoint import load_run
 from .core import METHODS, UserError, atomic_write, check_choice
 from .data import FolderSet, MemorySet
 from .interop import read_weights
-from .paper import published_gains
-from .paper import PAIRS
+from .paper import PAIRS, published_gains
 from .results import read_record
 from .views import apply_views, denormalize, draw_views, luminance, normalize
 
@@ -144,9 +144,8 @@ def maps_of(
 )->list: # the maps of each, B x d x H x W, on the CPU
     """Alignment maps in evaluation mode; the method's mode is put back afterwards.
     Raises `UserError` for a method that has none."""
-    mode, device = method.training, next(method.parameters()).device
-    try: return [method.eval().alignment_maps(v.to(device)).float().cpu() for v in views]
-    finally: method.train(mode)
+    device = next(method.parameters()).device
+    with frozen(method): return [method.alignment_maps(v.to(device)).float().cpu() for v in views]
 
 # %% ../nbs/28_visualize.ipynb #cd60de46
 @styled
@@ -211,10 +210,11 @@ def gather_maps(
 def show_training(
     arrays:dict, # from `gather_maps`
     image:int=0, # which of the images
-    n_maps:int=2, # how many of the maps
+    n_maps:int=2, # at most so many of the maps
     caption:str="", # one line; should name run and scale
 )->mpl.figure.Figure: # two rows for each map: view 1 and view 2; a column for the view and one for each snapshot
     "How some maps of an image came about."
+    n_maps = min(n_maps, len(arrays["names"]))
     epochs, views = arrays["epochs"], [normalize(torch.from_numpy(arrays[f"view{i}"][image:image + 1]).float()/255)[0] for i in (1, 2)]
     fig, axes = new_figure(2*n_maps, 1 + len(epochs), width=1.05*(1 + len(epochs)) + .5, height=.6 + 1.02*2*n_maps,
                            subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
@@ -230,7 +230,7 @@ def show_training(
 def map_agreement(
     maps1:torch.Tensor, # B x n x H x W, of one view of each image
     maps2:torch.Tensor, # of another view, the same maps
-)->pd.DataFrame: # a row per map: correlations same_image, different_images; place_alone, share of variance over positions due to the place
+)->pd.DataFrame: # a row per map: mean correlation over positions, same_image and different_images
     "Whether maps find the same in two views of an image."
     if len(maps1) < 2: raise UserError("maps of one image: agreement is judged against those of another, so give at least two")
     one, two = (m.flatten(2).transpose(0, 1) for m in (maps1, maps2))           # n x B x positions
@@ -238,9 +238,7 @@ def map_agreement(
         a, b = (F.normalize(x - x.mean(-1, keepdim=True), dim=-1) for x in (a, b))
         return (a*b).sum(-1).mean(-1)
     different = torch.stack([correlation(one, two.roll(r, 1)) for r in range(1, one.shape[1])]).mean(0)
-    both = torch.cat([one, two], 1)
-    place = both.mean(1).var(1, correction=0)/both.var(2, correction=0).mean(1)
-    return pd.DataFrame(dict(same_image=correlation(one, two), different_images=different, place_alone=place))
+    return pd.DataFrame(dict(same_image=correlation(one, two), different_images=different))
 
 # %% ../nbs/28_visualize.ipynb #3b1489cc
 def object_weight(
@@ -350,7 +348,7 @@ def plot_gains(
     caption:str="", # one line; should name scale and test set
 )->mpl.figure.Figure: # an axes for each method over its baseline, a row for each metric of `CLAIMS`
     "Gains in points, with intervals, beside the abstract's. Raises `UserError` if there are none."
-    gains = gains[gains.metric.isin(CLAIMS)]
+    gains = gains[gains.metric.isin(CLAIMS) & (gains.baseline == gains.method.map(PAIRS))]
     pairs, metrics = [m for m in PAIRS if m in set(gains.method)], [m for m in CLAIMS if m in set(gains.metric)]
     if not pairs: raise UserError("there is no gain to plot: evaluate a LEWEL method and its baseline with the same seed")
     seen = ([float(x) for g in gains.gains for x in g.split()] +
@@ -387,6 +385,7 @@ def plot_ablations(
     "The metric for each value of each factor, with one standard deviation over seeds. Raises `UserError` for an unknown metric."
     check_choice("metric", metric, [c.removesuffix(" mean") for c in table if c.endswith(" mean")])
     factors = [f for f in dict.fromkeys(table.factor) if f != "baseline"]
+    if not factors: raise UserError("there is no ablation to plot: only baselines have finished")
     n = -(-len(factors)//4) # rows
     columns = -(-len(factors)//n)
     fig, axes = new_figure(n, columns, width=1.9*columns + .4, height=.8 + 1.55*n, sharey=True)

@@ -36,7 +36,7 @@ def exact():
 @pytest.mark.parametrize("method", ["byol", "mocov2"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_views(method, stream, tmp_path):
-    """Order, crops and colours are those of the CPU: to 1e-5 on average, and 0.02 at most
+    """Order, crops and colors are those of the CPU: to 1e-5 on average, and 0.02 at most
     (standardized values; a value at the edge of solarization may fall on either side)."""
     views = views_of(get_recipe(method, "demo", size=48))
     source = open_folder(draw(tmp_path, 24, sizes=((60, 50), (50, 64)))) if stream else images()

@@ -1,5 +1,5 @@
 "The evaluations that fine-tune, as commands, on small folders in the layouts of CamVid, Pascal VOC and COCO."
-import json, shutil, signal
+import json, signal
 from contextlib import contextmanager
 import numpy as np, pytest, torch
 from PIL import Image

@@ -27,12 +27,12 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
+from ..backbones import frozen
 from ..boxes import BoxSet, draw_objects
 from ..core import UserError, check_choice
 from ..data import Ahead
 from .ap import average_precision, ignored, voc07_average_precision
 from .finetune import StepSchedule, finetune, step_indices
-from .knn import frozen
 from .segmentation import CHILDREN
 from ..interop import detectron2_name, weights_fingerprint
 from ..visualize import finish, new_figure, save_figure

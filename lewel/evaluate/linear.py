@@ -14,11 +14,11 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..backbones import num_features
+from ..backbones import frozen, num_features
 from ..core import UserError
 from ..data import ImageSet, epoch_order
 from .finetune import StepSchedule, finetune
-from .knn import check_labels, collected, extract_features, frozen, pooled, told, topk_accuracy
+from .knn import check_labels, collected, extract_features, pooled, told, topk_accuracy
 from ..interop import weights_fingerprint
 from ..running import NonFiniteLoss
 from ..views import ViewLoader, ViewRecipe

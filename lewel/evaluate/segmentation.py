@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2 import functional as TF
-from ..backbones import init_weights, num_features
+from ..backbones import frozen, init_weights, num_features
 from ..core import UserError
 from ..data import Ahead
 from .finetune import StepSchedule, finetune, step_indices
-from .knn import frozen
 from ..interop import weights_fingerprint
 from ..masks import IGNORE, MaskSet
 from ..views import normalize

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..backbones import num_features
+from ..backbones import frozen, num_features
 from ..core import UserError, atomic_write, check_choice
 from ..data import ImageSet, label_fraction
 from .finetune import StepSchedule, finetune, spent
-from .knn import center_batches, check_labels, frozen, topk_accuracy
+from .knn import center_batches, check_labels, topk_accuracy
 from .linear import batches_from
 from ..interop import load_backbone, weights_fingerprint
 from ..running import forget_peak_memory, held_output, peak_memory_mb
