@@ -525,6 +525,7 @@ def ratios(
         "lewel_b step / byol step": steps["lewel_b"]/steps["byol"],
         "lightly / byol, target params": over(lightly, beside["byol, target params"]),
         "lightly / byol, target eman": over(lightly, beside["byol, target eman"]),
+        "lightly, its own layout / byol, target eman": over(beside.get("lightly"), beside["byol, target eman"]),
         "LARS: loop / lewel": updates["LARS, loop"]/updates["LARS"],
         "LARS: timm / lewel": over(updates.get("LARS, timm"), updates["LARS"]),
         "average: loop / lewel": updates["average, loop"]/updates["average"],
@@ -534,6 +535,7 @@ def ratios(
         "lewel_b: images per second": batch_size/steps["lewel_b"],
         "a worker: images per second, 224 px": PHOTOS/worker["224 px"],
         **{f"{name}: step / compiled step": steps[name]/steps[f"{name}, compiled"] for name in compiled},
+        **{f"{name}, compiled: images per second": batch_size/steps[f"{name}, compiled"] for name in compiled},
     }
 
 # %% ../nbs/30_bench.ipynb #33424f53
@@ -667,6 +669,7 @@ def time_parts(
     precision:str, # of the forward passes
     workers:int, # processes that decode files
     compile:bool, # time the steps by torch.compile too
+    kept:Path, # file for what has been measured, written after each part
 )->tuple: # part -> contestant -> phase -> median seconds; part -> contestant -> MiB, on a GPU
     "Time all parts, on noise."
     batch, seconds, memory = shapes["batch_size"], {}, {}
@@ -683,6 +686,7 @@ def time_parts(
             print(f"\n{TITLES[part]} ...", flush=True)
             seconds[part], peaks = run()
             if peaks: memory[part] = peaks
+            atomic_write(kept, json.dumps(dict(seconds=seconds, memory_mb=memory)))
             print(part_table(part, seconds[part], batch, peaks), flush=True)
     return seconds, memory
 
@@ -710,11 +714,13 @@ def bench(
     shapes, map_size = bench_shapes(backbone, size, batch_size, dims)
     if device.type == "cpu": keep_freed_memory()
     torch.manual_seed(0)
-    seconds, memory = time_parts(backbone, size, shapes, repeats, device, dims, precision, workers, compile)
+    kept = Path(out)/"partial.json"
+    seconds, memory = time_parts(backbone, size, shapes, repeats, device, dims, precision, workers, compile, kept)
     env["versions"] |= {p: installed(p) for p in ("lightly", "timm")}
     shapes |= dict(backbone=backbone, size=size, image_size=2*size, map=map_size, precision=precision)
     record = dict(device=device.type, shapes=shapes, repeats=repeats, workers=workers, seconds=seconds, memory_mb=memory,
                   ratios=ratios(seconds, batch_size), **env)
     write_report(record, out)
+    kept.unlink(missing_ok=True)
     print("\n" + report(record).split("## Ratios")[0], flush=True)
     return record

@@ -58,6 +58,7 @@ def read_weights(
     path = Path(path).expanduser()
     if path.is_dir(): raise UserError(f"{path} is a folder: give a file in it, of a run last.pt or best.pt")
     if not path.is_file(): raise UserError(f"no weight file at {path}")
+    if path.suffix == ".pkl": raise UserError(f"{path} is a pickle, as detectron2 has it, and not read: export for torchvision or safetensors")
     with safe_globals(numpy_numbers):
         try: return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
@@ -145,6 +146,7 @@ def fill_backbone(
     backbone:nn.Module, # changed in place
     content, # of a weight file
     path, # that file, for the message
+    name:str="the backbone", # what the message calls it
 )->nn.Module: # `backbone`
     "Set all of a backbone's tensors from a file's content. Raises `UserError` naming those that are missing, left over or misshapen."
     state = state_tensors(content, path)
@@ -154,7 +156,7 @@ def fill_backbone(
     own = backbone.state_dict()
     counters = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith("num_batches_tracked")}
     state = counters | {k: v for k, v in state.items() if k in own or not k.startswith("fc.")}          # without a classifier
-    check_tensors(state, own, f"{path} does not fit the backbone (name the one it is for, by --backbone or backbone=; else it is resnet50)")
+    check_tensors(state, own, f"{path} does not fit {name} (name the one it is for, by --backbone or backbone=)")
     backbone.load_state_dict(state)
     return backbone
 
@@ -176,7 +178,7 @@ def load_backbone(
         torch.default_generator.manual_seed(seed)
         net = create_backbone("resnet50" if backbone is None else backbone).eval()
     if content is None: return net, dict(method="random", **info)
-    fill_backbone(net, content, start)
+    fill_backbone(net, content, start, "resnet50, the default" if backbone is None else backbone if isinstance(backbone, str) else "the backbone")
     return net, dict(method="file", file=file.name, fingerprint=weights_fingerprint(net), **info)
 
 # %% ../nbs/10_interop.ipynb #60da5ab6

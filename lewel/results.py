@@ -56,10 +56,13 @@ def environment(
     "What a record says about code and machine: the same for all runs of one process, but for the time."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    # float32 there has the precision that torch gives it: by default convolutions round to TF32's 10 bits, matrix products do not
+    tf32 = dict(tf32=[p for p, on in dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32).items()
+                      if on]) if device.type == "cuda" else {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = dict(python=platform.python_version(), lewel=lewel.__version__, torch=str(torch.__version__))
     return dict(git=code_state(), versions=versions | {p: version(p) for p in ("torchvision", "fastai", "numpy")},
-                hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name),
+                hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name, **tf32),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 # %% ../nbs/13_results.ipynb #eb840206

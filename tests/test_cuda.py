@@ -1,5 +1,5 @@
 """On a GPU: the images and losses of the CPU, steps that nobody waits in, all precisions,
-runs that move between the two, and every command. Skipped where there is none."""
+runs that move between the two, and every command. Skipped where there is none, or it is pretended (`pretend_gpu`)."""
 from functools import partial
 import pytest, torch
 from conftest import draw
@@ -19,6 +19,7 @@ from lewel.views import ViewLoader
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+real = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_name() == "pretended", reason="needs a real GPU")
 TRAINED = METHODS[1:5]
 images = lambda: scenes("train", n=96, size=32)
 weights = lambda out: torch.cat([v.flatten().double().cpu() for v in load_checkpoint(out/"last.pt")["method"].values()])
@@ -30,6 +31,9 @@ def train(recipe, out, device=DEVICE, **more):
 def exact():
     "Full float32, as on the CPU, and the same kernels each time."
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False): yield
+
+def test_devices_do_not_mix():
+    with pytest.raises(RuntimeError, match="on the same device"): torch.zeros(2, device=DEVICE) + torch.zeros(2)
 
 # --- the same as on the CPU
 
@@ -102,6 +106,7 @@ def test_waiting_is_noticed():
 
 # --- precision
 
+@real
 @pytest.mark.parametrize("method", TRAINED)
 def test_precisions(method, tmp_path, monkeypatch):
     """Losses of bfloat16 and float16 beside float32: the first, of the same weights, to 1%;
@@ -128,6 +133,7 @@ def test_resumes(method, there, here, tmp_path):
 
 # --- the commands
 
+@real
 def test_commands(tmp_path, run):
     "Pretrain from streamed files, evaluate frozen and fine-tuned, export, estimate."
     labelled = tmp_path/"mixed"
@@ -154,6 +160,7 @@ def test_dense_protocol(protocol, tmp_path, run):
     assert done.code == 0, done.err
     assert 0 <= read_record(tmp_path/"out")["metrics"][metric] <= 100
 
+@real
 def test_compiled(tmp_path):
     "torch.compile: the same first losses, and a checkpoint like any other."
     recipe = get_recipe("lewel_m", "smoke").changed(optimizer="sgd", lr=0.01, epochs=1)
@@ -162,6 +169,7 @@ def test_compiled(tmp_path):
     assert record["compiled"] and (plain - compiled).abs().max() < 1e-3
     assert list(load_checkpoint(tmp_path/"True"/"last.pt")["method"]) == list(load_checkpoint(tmp_path/"False"/"last.pt")["method"])
 
+@real
 def test_bench(tmp_path):
     "A small bench writes its report for this card."
     record = bench("resnet18", 32, 4, 1, str(DEVICE), tmp_path, dim=16, hidden_dim=32, workers=2)

@@ -22,7 +22,7 @@ from ..data import ImageSet, has_split, open_data
 from .detection import DETECTION, check_detection, evaluate_detection
 from .finetune import spent
 from .instance import INSTANCE, INSTANCE_2X, INSTANCE_C4, check_instance, evaluate_instance
-from .knn import KNN, evaluate_knn
+from .knn import KNN, evaluate_knn, layout
 from .linear import LINEAR, check_cache, evaluate_linear
 from .segmentation import SEGMENTATION, check_segmentation, evaluate_segmentation
 from .semi import SEMI, evaluate_semi, labelled_part, recorded, with_lists
@@ -405,7 +405,7 @@ def evaluate(
         forget_peak_memory(device)
         with held_output(out):
             partial = Partial(out, keys)
-            run_protocols(net.to(device), info, settings, sets, size, device, scale, out, identity, partial, workers)
+            run_protocols(net.to(device, memory_format=layout(device)), info, settings, sets, size, device, scale, out, identity, partial, workers)
             # what is streamed has only now been read
             skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
             record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
