@@ -40,7 +40,7 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	python tests/check_sync.py
-	ruff check --quiet --target-version py310 --select E9 lewel                                # syntax of the oldest Python it runs on
+	ruff check --quiet --target-version py310 --select E9,F401,F821 lewel                      # for the oldest Python it runs on
 	ruff check --quiet --target-version py310 --select E9,E501,F401 --line-length 140 nbs experiments tests
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0

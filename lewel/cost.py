@@ -40,7 +40,7 @@ from .evaluate.semi import SUPERVISED, fit_part
 from .experiments import Settings, evaluation_groups
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
-from .paper import Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes, views_of
+from .paper import PAIRS, Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes, views_of
 from .pretrain import Precision, Pretraining, Steps, compile_networks, create_optimizer
 from .running import check_least, keep_freed_memory, peak_memory_mb, pick_device
 from .results import environment, scale_note
