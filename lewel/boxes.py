@@ -239,7 +239,8 @@ def voc_names(
     for f in files:
         if not f.is_file(): raise UserError(f"{f} is missing: it lists the images of the {split} split, one name a line")
     # VOC's lists of a class have 1, 0 or -1 behind the name
-    names = [(folder, re.sub(r"\s+(-1|0|1)$", "", line.strip())) for folder, f in zip(folders, files) for line in read_lines(f) if line.strip()]
+    names = [(folder, re.sub(r"\s+(-1|0|1)$", "", line.strip()))
+             for folder, f in zip(folders, files) for line in read_lines(f) if line.strip()]
     if not names: raise UserError(f"{files[0]} is empty: it lists the images of the {split} split, one name a line")
     return names
 

@@ -284,7 +284,8 @@ def evaluate_command(argv=None):
         time_budget(a.max_minutes)
         record = evaluate(a.start, a.data, a.out, listed(a.protocol), a.preset, a.backbone, a.size, a.seed, a.device, a.strict,
                           workers=a.workers, options=dict(parse_option(o) for o in a.option))
-        metrics = ", ".join(f"{k} {v:.1f}" for k, v in sorted(record["metrics"].items()) if v is not None and k != "knn_k")       # no percentage
+        shown = {k: v for k, v in sorted(record["metrics"].items()) if v is not None and k != "knn_k"}           # which is no percentage
+        metrics = ", ".join(f"{k} {v:.1f}" for k, v in shown.items())
         print(f"{record['id']}: {metrics}; {Path(a.out or Path(a.start)/'evaluation')/'record.json'}")
     return run_command(p, action, argv)
 

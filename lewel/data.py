@@ -31,7 +31,8 @@ class ImageSet:
             raise UserError(f"indices of {indices.dtype}: give whole numbers; of a mask, mask.nonzero().flatten()")
         indices = indices.long()
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
-            raise UserError(f"indices from {indices.min()} to {indices.max()}: {self.name} has {len(self)} images, from 0 to {len(self) - 1}")
+            raise UserError(f"indices from {indices.min()} to {indices.max()}: {self.name} has {len(self)} images, "
+                            f"from 0 to {len(self) - 1}")
         for name in self._rows:
             rows = getattr(self, name)
             if torch.is_tensor(rows): rows = rows[indices.to(rows.device)]
@@ -173,7 +174,8 @@ def list_images(
     def refuse(e): raise UserError(f"{e.filename} cannot be listed ({e.strerror}): make it readable, or move it away")
     files = sorted(_files(folder, refuse))
     if others := [f for f in files if _suffix(f) in NOT_READ]:
-        warn(f"{len(others)} file{'s'*(len(others) > 1)} in {folder} not read, such as {others[0]}: convert to JPEG or PNG to have them, too")
+        warn(f"{len(others)} file{'s'*(len(others) > 1)} in {folder} not read, such as {others[0]}: "
+             "convert to JPEG or PNG to have them, too")
     return [f for f in files if _suffix(f) in EXTENSIONS]
 
 # %% ../nbs/01_data.ipynb #af1edfee

@@ -58,7 +58,8 @@ def read_weights(
     path = Path(path).expanduser()
     if path.is_dir(): raise UserError(f"{path} is a folder: give a file in it, of a run last.pt or best.pt")
     if not path.is_file(): raise UserError(f"no weight file at {path}")
-    if path.suffix == ".pkl": raise UserError(f"{path} is a pickle, as detectron2 has it, and not read: export for torchvision or safetensors")
+    if path.suffix == ".pkl":
+        raise UserError(f"{path} is a pickle, as detectron2 has it, and not read: export for torchvision or safetensors")
     with safe_globals(numpy_numbers):
         try: return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
@@ -178,7 +179,8 @@ def load_backbone(
         torch.default_generator.manual_seed(seed)
         net = create_backbone("resnet50" if backbone is None else backbone).eval()
     if content is None: return net, dict(method="random", **info)
-    fill_backbone(net, content, start, "resnet50, the default" if backbone is None else backbone if isinstance(backbone, str) else "the backbone")
+    name = "resnet50, the default" if backbone is None else "the backbone" if isinstance(backbone, nn.Module) else backbone
+    fill_backbone(net, content, start, name)
     return net, dict(method="file", file=file.name, fingerprint=weights_fingerprint(net), **info)
 
 # %% ../nbs/10_interop.ipynb #60da5ab6

@@ -57,8 +57,8 @@ def environment(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     # float32 there has the precision that torch gives it: by default convolutions round to TF32's 10 bits, matrix products do not
-    tf32 = dict(tf32=[p for p, on in dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32).items()
-                      if on]) if device.type == "cuda" else {}
+    rounds = dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32)
+    tf32 = dict(tf32=[what for what, on in rounds.items() if on]) if device.type == "cuda" else {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = dict(python=platform.python_version(), lewel=lewel.__version__, torch=str(torch.__version__))
     return dict(git=code_state(), versions=versions | {p: version(p) for p in ("torchvision", "fastai", "numpy")},
@@ -359,8 +359,8 @@ def count_clear(
 )->list: # a sentence; none where there is no interval
     "How many intervals leave zero out, beside how many would by chance."
     judged = gains[gains.n > 1]
-    clear = int(((judged.low > 0) | (judged.high < 0)).sum())
-    return [f"Of these {len(judged)} intervals, {clear} leave{'s'*(clear == 1)} zero out; chance alone would make it {len(judged)/20:.1f}."] if len(judged) else []
+    n, clear = len(judged), int(((judged.low > 0) | (judged.high < 0)).sum())
+    return [f"Of these {n} intervals, {clear} leave{'s'*(clear == 1)} zero out; chance alone would make it {n/20:.1f}."] if n else []
 
 # %% ../nbs/13_results.ipynb #3fcd9c1f
 def _ablation_grid(method, scale):

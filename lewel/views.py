@@ -79,7 +79,7 @@ class ViewRecipe:
                 raise UserError(f"{name} {getattr(self, name)}: give a strength of at least 0{' and at most 0.5' if most == 0.5 else ''}")
 
     @property
-    def blur_size(self): return 2*(self.size//20) + 1 # the odd number nearest to 10% of the size, as SimCLR has it; below 20 pixels nothing is blurred
+    def blur_size(self): return 2*(self.size//20) + 1 # odd, and nearest to 10% of the size (SimCLR's); below 20 pixels nothing is blurred
 
 # %% ../nbs/03_views.ipynb #551cd481
 def byol_views(

@@ -53,7 +53,8 @@ class PretendGPU(TorchFunctionMode):
             func(*args)
             mark(args[0], marked(args[1]) if what == "data" else here)
             return None
-        if what in ("device", "is_cuda", "is_cpu"): return {"device": CUDA if here else func(*args), "is_cuda": here, "is_cpu": not here}[what]
+        if what == "device": return CUDA if here else func(*args)
+        if what in ("is_cuda", "is_cpu"): return here == (what == "is_cuda")
         return mark(func(*args), here) if what in VIEWS else func(*args)
 
     def check(self, name, args, kwargs, tensors):
@@ -65,8 +66,8 @@ class PretendGPU(TorchFunctionMode):
         if here and any(not marked(t) for t in index): self.wait("an index on the host")        # which is allowed
         value = args[2] if name == "__setitem__" and isinstance(args[2], torch.Tensor) else None          # may come from anywhere
         if value is not None and value.ndim and marked(value) != here: self.wait("a value from another device")
-        if name in ("copy_", "_foreach_copy_") and len({*map(marked, tensors)}) > 1 and not kwargs.get("non_blocking", args[2:] and args[2]):
-            self.wait("copy_ between devices")
+        both = len({*map(marked, tensors)}) > 1
+        if both and name in ("copy_", "_foreach_copy_") and not kwargs.get("non_blocking", args[2:] and args[2]): self.wait(name)
         allowed = {*map(id, index)} if here else set()
         sides = {marked(t) for t in tensors if (marked(t) or t.ndim) and t is not value and id(t) not in allowed}
         if len(sides) == 2 and name not in ASSIGNS: raise RuntimeError(f"Expected all tensors to be on the same device: {name}")

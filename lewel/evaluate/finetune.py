@@ -100,7 +100,7 @@ def finetune(
             if not (last or tell or signals or keep): continue
             printed = now if tell else printed
             if not math.isfinite(value := loss.item()):
-                raise NonFiniteLoss(f"{title or identity or 'fine-tuning'}: the loss is {value} by step {step - 1}, where it was looked at: "
+                raise NonFiniteLoss(f"{title or identity or 'fine-tuning'}: the loss is {value} by step {step - 1}, when looked at: "
                                     "lower the protocol's learning rate")
             if title and (last or tell): _progress(title, step, first, schedule.steps, value, batch_size, started)
             if state_file and (last or signals or keep):

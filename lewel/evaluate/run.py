@@ -60,7 +60,8 @@ def evaluation_sets(
     for part, images in ("train", train), ("val", test):
         if images.labels is None: raise UserError(f"the {part} images ({images!r}) have no labels: put them into class folders")
     if train.classes is not None and test.classes is not None and list(train.classes) != list(test.classes):
-        raise UserError(f"the classes of {train.name} and {test.name} differ, or are in another order: labels have to mean the same in both")
+        raise UserError(f"the classes of {train.name} and {test.name} differ, or are in another order: "
+                        "labels have to mean the same in both")
     if extra := set(test.labels.tolist()) - set(train.labels.tolist()):
         warn(f"label {min(extra)} of {test.name} is not among those of {train.name}: such images cannot be classified right")
     return train, test
@@ -405,7 +406,8 @@ def evaluate(
         forget_peak_memory(device)
         with held_output(out):
             partial = Partial(out, keys)
-            run_protocols(net.to(device, memory_format=layout(device)), info, settings, sets, size, device, scale, out, identity, partial, workers)
+            net = net.to(device, memory_format=layout(device))
+            run_protocols(net, info, settings, sets, size, device, scale, out, identity, partial, workers)
             # what is streamed has only now been read
             skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
             record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)

@@ -10,7 +10,6 @@ __all__ = ['SEGMENTATION', 'CHILDREN', 'MEAN_COLOR', 'SegmentationProtocol', 're
 # %% ../../nbs/22_evaluate_segmentation.ipynb #a507581b
 import copy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 import matplotlib as mpl
 import numpy as np, seaborn as sns, torch
 import torch.nn.functional as F
