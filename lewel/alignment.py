@@ -29,10 +29,15 @@ class Head(nn.Module):
         self.out = nn.Linear(hidden_dim, dim_out, bias=not norm)
         init_weights(self)
 
-    def forward(self, tokens): return self.after_hidden(self.hidden(tokens))
+    def forward(self,
+        tokens:torch.Tensor, # ... x dim_in; BatchNorm needs more than one in training mode
+    )->torch.Tensor: # ... x dim_out
+        return self.after_hidden(self.hidden(tokens))
 
-    def after_hidden(self, hidden):
-        "All but the first matrix product: (..., hidden_dim) -> (..., dim_out)."
+    def after_hidden(self,
+        hidden:torch.Tensor, # ... x hidden_dim, from the first layer
+    )->torch.Tensor: # ... x dim_out
+        "All but the first matrix product."
         flat = F.relu(self.norm(hidden.flatten(0, -2)), inplace=True)
         return self.out(flat).unflatten(0, hidden.shape[:-1])
 
@@ -123,7 +128,10 @@ class PooledHead(nn.Module):
         super().__init__()
         self.g = Head(channels, hidden_dim, dim, norm)
 
-    def forward(self, features): return Embeddings(self.g(features.mean((2, 3))))
+    def forward(self,
+        features:torch.Tensor, # B x C x H x W
+    )->Embeddings: # z B x d; neither aligned embeddings nor maps
+        return Embeddings(self.g(features.mean((2, 3))))
 
 # %% ../nbs/05_alignment.ipynb #9fd2ad4e
 aggregations = "learned", "uniform", "random"
@@ -151,19 +159,25 @@ class CoupledHead(nn.Module):
         self.g, self.p = (Head(channels, hidden_dim, dim, norm) for _ in range(2))
         self.g_maps = None if coupled else Head(channels, hidden_dim, dim, norm)
 
-    def project(self, tokens):
-        "Global embedding B x d and per-pixel projections B x N x d from the pixels B x N x C."
+    def project(self,
+        tokens:torch.Tensor, # B x N x C: the pixels
+    )->tuple: # global embedding B x d; per-pixel projections B x N x d
+        "g on the pooled vector and on every pixel, in one batch where it is the same g (method.md section 2, steps 1 and 2)."
         pooled = tokens.mean(1, keepdim=True)
         if self.g_maps is not None: return self.g(pooled).squeeze(1), self.g_maps(tokens)
         both = self.g(torch.cat([pooled, tokens], 1))
         return both[:, 0], both[:, 1:]
 
-    def maps(self, v):
-        "The alignment maps B x N x d of per-pixel projections."
+    def maps(self,
+        v:torch.Tensor, # B x N x d: per-pixel projections
+    )->torch.Tensor: # B x N x d, each map sums to 1
+        "The alignment maps, learned or whatever `aggregation` puts in their place."
         if self.aggregation == "uniform": return torch.full_like(v, 1/v.shape[1])
         return alignment_maps(torch.randn_like(v) if self.aggregation == "random" else v, self.scale, self.normalize)
 
-    def forward(self, features):
+    def forward(self,
+        features:torch.Tensor, # B x C x H x W
+    )->Embeddings: # z B x d, aligned B x d/h x d, maps B x N x d
         tokens = to_tokens(features)
         z, v = self.project(tokens)
         maps = self.maps(v)

@@ -8,8 +8,8 @@ __all__ = ['PRECISIONS', 'TITLES', 'PHOTOS', 'IMAGENET_PX', 'BOUND', 'BARS', 'St
            'aligned_products', 'head_products', 'Product', 'step_products', 'step_contestants', 'time_steps',
            'installed', 'LightlyBYOL', 'lightly_contestants', 'lars_loop', 'average_loop', 'time_updates',
            'torchvision_pipeline', 'time_views', 'photos', 'TwoViews', 'drain', 'time_files', 'time_worker', 'ratios',
-           'bar_met', 'table', 'part_table', 'report', 'published_bench', 'slug', 'write_report', 'bench_shapes',
-           'time_parts', 'bench']
+           'bar_met', 'table', 'part_table', 'report', 'published_bench', 'slug', 'report_name', 'write_report',
+           'bench_shapes', 'time_parts', 'bench']
 
 # %% ../nbs/30_bench.ipynb #6b55cdaa
 import copy, itertools, json, math, re, tempfile, time
@@ -635,14 +635,21 @@ def slug(text:str)->str: # a file name
     "Lower case, words joined by dashes."
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
+def report_name(
+    device:str, # "cpu" or "cuda"
+    hardware:dict, # of a record
+    shapes:dict, # of a record
+)->str: # without a suffix
+    "What a report is called: hardware and configuration."
+    where = hardware["device"] if device == "cuda" else f"{hardware['cpu']} {hardware['cores']} cores {hardware['threads']} threads"
+    return slug(f"{where} {shapes['backbone']} {shapes['size']}px batch {shapes['batch_size']} {shapes['precision']}")
+
 def write_report(
     record:dict, # see `bench`
     out, # folder
 )->Path: # STEM.md; STEM.json is beside it
     "Write a record and its text, named after hardware and configuration."
-    h, s = record["hardware"], record["shapes"]
-    where = h["device"] if record["device"] == "cuda" else f"{h['cpu']} {h['cores']} cores {h['threads']} threads"
-    stem = slug(f"{where} {s['backbone']} {s['size']}px batch {s['batch_size']} {s['precision']}")
+    stem = report_name(record["device"], record["hardware"], record["shapes"])
     atomic_write(Path(out)/f"{stem}.json", json.dumps(record, indent=1) + "\n")
     return atomic_write(Path(out)/f"{stem}.md", report(record))
 
@@ -714,11 +721,11 @@ def bench(
     shapes, map_size = bench_shapes(backbone, size, batch_size, dims)
     if device.type == "cpu": keep_freed_memory()
     torch.manual_seed(0)
-    kept = Path(out)/"partial.json"
+    named = shapes | dict(backbone=backbone, size=size, image_size=2*size, map=map_size, precision=precision)
+    kept = Path(out)/f"{report_name(device.type, env['hardware'], named)}.partial"
     seconds, memory = time_parts(backbone, size, shapes, repeats, device, dims, precision, workers, compile, kept)
     env["versions"] |= {p: installed(p) for p in ("lightly", "timm")}
-    shapes |= dict(backbone=backbone, size=size, image_size=2*size, map=map_size, precision=precision)
-    record = dict(device=device.type, shapes=shapes, repeats=repeats, workers=workers, seconds=seconds, memory_mb=memory,
+    record = dict(device=device.type, shapes=named, repeats=repeats, workers=workers, seconds=seconds, memory_mb=memory,
                   ratios=ratios(seconds, batch_size), **env)
     write_report(record, out)
     kept.unlink(missing_ok=True)

@@ -238,9 +238,10 @@ def voc_names(
     files = [f/"ImageSets"/"Main"/f"{split}.txt" for f in folders]
     for f in files:
         if not f.is_file(): raise UserError(f"{f} is missing: it lists the images of the {split} split, one name a line")
-    # VOC's lists of a class have 1, 0 or -1 behind the name
-    names = [(folder, re.sub(r"\s+(-1|0|1)$", "", line.strip()))
-             for folder, f in zip(folders, files) for line in read_lines(f) if line.strip()]
+    lines = [(folder, line.strip()) for folder, f in zip(folders, files) for line in read_lines(f) if line.strip()]
+    flag = re.compile(r"\s+(-1|0|1)$")
+    flagged = all(flag.search(line) for _, line in lines)            # as VOC's lists of one class are
+    names = [(folder, flag.sub("", line) if flagged else line) for folder, line in lines]
     if not names: raise UserError(f"{files[0]} is empty: it lists the images of the {split} split, one name a line")
     return names
 
@@ -370,8 +371,8 @@ def coco_object(
     where:str, # begins the message
 )->tuple: # box or None if its area is zero, crowd, shape
     "One object; raises `UserError`."
-    bbox, crowd = coco_field(entry, "bbox", where), entry.get("iscrowd", 0)
-    if crowd not in (0, 1): raise UserError(f"{where}, iscrowd: {crowd!r} is neither 0 nor 1: correct it")
+    bbox, crowd = coco_field(entry, "bbox", where), entry.get("iscrowd")
+    if crowd not in (None, 0, 1): raise UserError(f"{where}, iscrowd: {crowd!r} is neither 0 nor 1: correct it")
     try: x, y, width, height = map(float, bbox if isinstance(bbox, (list, tuple)) else ())
     except (TypeError, ValueError): raise UserError(f"{where}, bbox: {bbox!r} is not left, top, width, height: correct it") from None
     return (fit_box((x, y, x + width, y + height), size, f"{where}, bbox"), bool(crowd),

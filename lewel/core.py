@@ -37,10 +37,10 @@ def check_choice(
 # %% ../nbs/00_core.ipynb #6cae6623
 def check_path(
     what:str, # such as "the output folder"
-    path, # what the user gave
+    path, # what the user gave, text or a path
 )->Path: # `path`, with the user's home for "~"
     "Raises `UserError` for an empty path, or what is none."
-    if not isinstance(path, (str, Path)): raise UserError(f"{what} is {path!r}: give a path")
+    if not isinstance(path, (str, os.PathLike)): raise UserError(f"{what} is {path!r}: give a path")
     if str(path) == "": raise UserError(f"{what} has no name: is a variable empty?")
     return Path(path).expanduser()
 

@@ -85,12 +85,16 @@ class MemorySet(ImageSet):
         "Heights and widths of the images before any augmentation: two int64 arrays of length N."
         return tuple(np.full(len(self), side, dtype=np.int64) for side in self.images.shape[2:])
 
-    def take(self, indices):
-        "A batch, uint8 B x 3 x H x W, on the device the images are on."
+    def take(self,
+        indices, # B, whole numbers
+    )->torch.Tensor: # uint8 B x 3 x H x W, on the device the images are on
+        "A batch."
         return self.images[torch.as_tensor(indices, dtype=torch.long, device=self.images.device)]
 
-    def to(self, device):
-        "The same set with its tensors on `device`."
+    def to(self,
+        device, # where its tensors shall be
+    )->"MemorySet": # this one stays as it is
+        "The same set there."
         out = copy.copy(self)
         for name in self._rows:
             if torch.is_tensor(getattr(self, name)): setattr(out, name, getattr(self, name).to(device))
@@ -161,8 +165,9 @@ def _files(folder, onerror=None):
         here = os.path.realpath(where)
         def loops(f): return os.path.islink(p := os.path.join(where, f)) and os.path.commonpath([t := os.path.realpath(p), here]) == t
         folders[:] = [f for f in folders if not f.startswith(".") and not loops(f)]
-        if {"last.pt", "curve.csv"} <= {*files}: folders[:] = []; continue            # a run's, with figures perhaps
-        below = "" if Path(where) == Path(folder) else Path(where).relative_to(folder).as_posix() + "/"
+        inside = Path(where) != Path(folder)
+        if inside and {"last.pt", "curve.csv"} <= {*files}: folders[:] = []; continue            # a run's, with figures perhaps
+        below = "" if not inside else Path(where).relative_to(folder).as_posix() + "/"
         yield from (below + f for f in files if not f.startswith("."))
 
 def _suffix(path): return os.path.splitext(path)[1].lower()
@@ -196,11 +201,16 @@ class FolderSet(ImageSet):
 
     def __len__(self): return len(self.paths)
 
-    def image(self, i):
-        "Image `i`, uint8 3 x H x W, RGB; raises `UnreadableImage`."
+    def image(self,
+        i:int, # which
+    )->torch.Tensor: # uint8 3 x H x W, RGB
+        "Decode an image; raises `UnreadableImage`."
         return decode_image(self.root/self.paths[i])
 
-    def skip(self, path, reason):
+    def skip(self,
+        path:str, # relative to `root`
+        reason, # why it cannot be read
+    ):
         "Record an unreadable image, once: warn, or with `strict` raise `UserError`."
         reason = f"{self.root/path} cannot be read ({reason})"
         if self.strict: raise UserError(f"{reason}: repair or remove it, or leave out strict to skip such images")
@@ -293,7 +303,10 @@ def split_folder(
     folders = {p.name.lower(): p for p in sorted(Path(root).iterdir()) if p.is_dir()}
     return next((folders[name] for name in SPLITS[split] if name in folders), None)
 
-def has_split(root, split)->bool:
+def has_split(
+    root, # folder of a data set
+    split:str, # "train" or "val"
+)->bool:
     "Whether the folder `root` has a folder of its own for `split`."
     return split_folder(root, split) is not None
 

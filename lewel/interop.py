@@ -58,11 +58,12 @@ def read_weights(
     path = Path(path).expanduser()
     if path.is_dir(): raise UserError(f"{path} is a folder: give a file in it, of a run last.pt or best.pt")
     if not path.is_file(): raise UserError(f"no weight file at {path}")
-    if path.suffix == ".pkl":
-        raise UserError(f"{path} is a pickle, as detectron2 has it, and not read: export for torchvision or safetensors")
     with safe_globals(numpy_numbers):
         try: return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
+            if path.suffix == ".pkl":
+                raise UserError(f"{path} is not a weight file of torch's (detectron2's are not read): "
+                                "export for torchvision or safetensors") from e
             reason = _foreign(path) if isinstance(e, pickle.UnpicklingError) else (str(e) or type(e).__name__).splitlines()[0]
             raise UserError(f"{path} is not a weight file that can be read safely ({reason})") from e
 
@@ -329,24 +330,32 @@ def export_backbone(
     if run and not path: path = run/f"backbone-{format}{suffix}" if run.is_dir() else run.parent/f"{run.stem}-{format}{suffix}"
     if not path: raise UserError("say where the weights go: path=FILE")
     others = {s for s, _ in exporters.values()} - {suffix}
-    if path.suffix in others or run and path.suffix == ".md":
-        what = "the place of the model card" if path.suffix == ".md" else f"named as another format than {format} is"
+    suffix_given = path.suffix.lower()
+    if suffix_given in others or run and suffix_given == ".md":
+        what = "the place of the model card" if suffix_given == ".md" else f"named as another format than {format} is"
         raise UserError(f"{path} is {what}: name the weight file otherwise, such as {path.with_suffix(suffix).name}")
     check_place(path)
     if run: check_kept(run, path)
     if run: method = run_backbone(run)[0]
     backbone = getattr(method, "backbone", method)
+    if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)): backbone = backbone.module
     # copies: safetensors refuses tensors that share memory
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state_tensors(backbone.state_dict()).items()}
+    state = {k.replace("_orig_mod.", ""): v.detach().cpu().clone(memory_format=torch.contiguous_format)
+             for k, v in backbone.state_dict().items()}
     theirs = format == "safetensors" or format == "timm" and type(backbone).__module__.startswith("timm.")
     if not theirs and not any(fits_torchvision(name, state) for name in resnets):
         known = ", ".join(resnets)
         raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; "
                         "safetensors takes any, timm also timm's own")
     card = run and (model_card if run.is_dir() else checkpoint_card)(run, path.name, format)
-    atomic_write(path, content(state))
-    if run: atomic_write(path.with_suffix(".md"), card)
-    return path
+    made, place = content(state), path.with_suffix(".md")
+    earlier = run and place.exists() and place.read_bytes()
+    if run: atomic_write(place, card)           # first: by it the same call, if it is cut off here, knows its own weights
+    try: return atomic_write(path, made)
+    except BaseException:
+        if earlier: atomic_write(place, earlier)
+        elif run: place.unlink()
+        raise
 
 # %% ../nbs/10_interop.ipynb #3e3350ee
 input_form = "shown to it in RGB, normalized with ImageNet's mean and standard deviation"

@@ -30,7 +30,10 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, images): return self.head(self.backbone(images))
+    def forward(self,
+        images:torch.Tensor, # B x 3 x height x width, normalized
+    )->Embeddings: # see `lewel.alignment`
+        return self.head(self.backbone(images))
 
 # %% ../nbs/08_methods.ipynb #eaa72561
 class Regression(nn.Module):
@@ -45,8 +48,13 @@ class Regression(nn.Module):
         if init == "torch":
             for layer in (self.predictor.hidden, self.predictor.out): layer.reset_parameters()
 
-    def forward(self, online, target): return regression_loss(self.predictor(online), target)
-    def push(self, target): pass
+    def forward(self,
+        online:torch.Tensor, # B x d, or B x d/h x d
+        target:torch.Tensor, # of the same shape, a constant
+    )->torch.Tensor: # scalar, the mean over all vectors
+        return regression_loss(self.predictor(online), target)
+
+    def push(self, target): pass # no queue
 
 # %% ../nbs/08_methods.ipynb #fd8373f7
 class Contrast(nn.Module):
@@ -59,12 +67,17 @@ class Contrast(nn.Module):
         super().__init__()
         self.queue, self.temperature = Queue(queue_size, dim), temperature
 
-    def forward(self, online, target):
+    def forward(self,
+        online:torch.Tensor, # B x d, or B x d/h x d
+        target:torch.Tensor, # of the same shape, a constant
+    )->torch.Tensor: # scalar, the mean over all vectors
         negatives = self.queue.keys.clone()   # the queue changes before the backward pass needs these
         return info_nce(online, target, negatives, self.temperature)
 
-    def push(self, target):
-        "Queue the keys B x d, or one of each image's aligned keys B x K x d."
+    def push(self,
+        target:torch.Tensor, # keys B x d, or aligned keys B x K x d
+    ):
+        "Queue the keys; of aligned ones one of each image, drawn."
         if target.ndim == 3:
             (rank, size), (n, aligned, dim) = world(), target.shape
             drawn = torch.randint(aligned, (size*n, 1, 1), device="cpu")[rank*n:(rank + 1)*n]

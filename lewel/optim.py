@@ -35,15 +35,20 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, eta=eta, weight_decay=weight_decay, adapt=adapt))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        "One step; `closure` reevaluates the loss, as in torch."
+    def step(self,
+        closure=None, # reevaluates the loss, as in torch
+    ): # the loss, if there is a closure
+        "One step."
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             if params := [p for p in group["params"] if p.grad is not None]: self.update(params, group)
         return loss
 
-    def update(self, params, group):
-        "Move the parameters of a group that have a gradient."
+    def update(self,
+        params:list, # of the group, those that have a gradient
+        group:dict, # its settings
+    ):
+        "Move them: v <- mu v + gamma local (g + lambda p), p <- p - v (method.md section 5)."
         for p in params:
             if "momentum_buffer" not in self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]

@@ -125,7 +125,7 @@ recipes = dict(
 
 def get_recipe(
     method:str, # a method's name
-    scale:str="demo", # "smoke", "demo", "imagenette" or "paper"
+    scale:str="demo", # "smoke", "demo", "imagenette" (the default of lewel-pretrain) or "paper"
     **changes, # settings that differ
 )->Recipe: # as it will run
     "The recipe of a method at a scale. Raises `UserError` for an unknown name."

@@ -159,13 +159,14 @@ class Precision(Callback):
     ):
         dtype, device_type = getattr(torch, precision), torch.device(device).type
         self.autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "float16")
+        self.scaler, self.unscaled = torch.amp.GradScaler(device_type, enabled=precision == "float16"), False
 
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
     def before_step(self):
         # callbacks after this one, such as GradientClip, see gradients as they are
         if self.scaler.is_enabled(): self.scaler.unscale_(self.opt.opt)
+        self.unscaled = self.scaler.is_enabled()
 
     def step(self):
         "The optimizer's step; none if a gradient overflowed."
@@ -173,9 +174,11 @@ class Precision(Callback):
         self.scaler.step(self.opt.opt)
         called.remove()
         self.scaler.update()
+        self.unscaled = False
 
     def after_cancel_step(self):
-        if self.scaler.is_enabled(): self.scaler.update()      # or it would refuse to unscale the next step's gradients
+        if self.unscaled: self.scaler.update()      # or it would refuse to unscale the next step's gradients
+        self.unscaled = False
 
 # %% ../nbs/17_pretrain.ipynb #1d9a8a54
 class Curve(Callback):

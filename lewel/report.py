@@ -70,7 +70,7 @@ def print_conclusion(self:TaskReport):
     """Print a sentence for each gain, and, at the imagenette scale, for each method that has a published kNN accuracy;
     and how many of the intervals over a baseline chance alone would have leave zero out."""
     for line in [*conclude(self.gains), *compare_with_anchor(self.table),
-                 *count_clear(gain_table(self.records, self.task))]: print(line)
+                 *count_clear(gain_table(self.records, self.task), "the", "intervals over a baseline")]: print(line)
 
 def target_words(
     scale:str, # of the runs

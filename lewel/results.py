@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'REQUIRED', 'REQUIRED_PRETRAIN', 'CURVE', 'TABLES', 'PAPER', 'OVER_RANDOM', 'git_state', 'code_state',
-           'cpu_model', 'environment', 'plain', 'check_keys', 'run_id', 'write_record', 'read_record', 'read_records',
-           'write_curve', 'read_curve', 'mean_std', 'summarize', 'add_published', 'add_missing', 'make_table',
-           'compare_with_anchor', 'judged_on', 'compare_records', 'paired_interval', 'gain_table', 'conclude',
-           'count_clear', 'ablated_runs', 'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
+           'cpu_model', 'tf32_used', 'environment', 'plain', 'check_keys', 'run_id', 'write_record', 'read_record',
+           'read_records', 'write_curve', 'read_curve', 'mean_std', 'summarize', 'add_published', 'add_missing',
+           'make_table', 'compare_with_anchor', 'judged_on', 'compare_records', 'paired_interval', 'gain_table',
+           'conclude', 'count_clear', 'ablated_runs', 'ablation_table', 'ablation_gains', 'scale_note', 'write_table']
 
 # %% ../nbs/13_results.ipynb #3090222b
 import hashlib, json, math, os, platform, subprocess
@@ -50,19 +50,23 @@ def cpu_model()->str: # such as "Intel(R) Xeon(R) CPU @ 2.20GHz"
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
+def tf32_used()->list: # of "convolutions", "products"; ["mixed"] if they were set in torch's newer way
+    "What rounds float32 to TF32's 10 bits on a GPU: in torch by default convolutions do, matrix products do not."
+    try: used = dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError: return ["mixed"]
+    return [what for what, on in used.items() if on]
+
 def environment(
     device=None, # the device of the run; by default CUDA if there is one
 )->dict: # git, versions, hardware, created
     "What a record says about code and machine: the same for all runs of one process, but for the time."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    # float32 there has the precision that torch gives it: by default convolutions round to TF32's 10 bits, matrix products do not
-    rounds = dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32)
-    tf32 = dict(tf32=[what for what, on in rounds.items() if on]) if device.type == "cuda" else {}
+    rounds = dict(tf32=tf32_used()) if device.type == "cuda" else {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = dict(python=platform.python_version(), lewel=lewel.__version__, torch=str(torch.__version__))
     return dict(git=code_state(), versions=versions | {p: version(p) for p in ("torchvision", "fastai", "numpy")},
-                hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name, **tf32),
+                hardware=dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), device=name, **rounds),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 # %% ../nbs/13_results.ipynb #eb840206
@@ -356,11 +360,13 @@ def conclude(
 
 def count_clear(
     gains:pd.DataFrame, # from `gain_table`
+    which:str="these", # ends "Of", before the number: "the" with what is meant by `kind`
+    kind:str="intervals", # what they are
 )->list: # a sentence; none where there is no interval
     "How many intervals leave zero out, beside how many would by chance."
     judged = gains[gains.n > 1]
     n, clear = len(judged), int(((judged.low > 0) | (judged.high < 0)).sum())
-    return [f"Of these {n} intervals, {clear} leave{'s'*(clear == 1)} zero out; chance alone would make it {n/20:.1f}."] if n else []
+    return [f"Of {which} {n} {kind}, {clear} leave{'s'*(clear == 1)} zero out; chance alone would make it {n/20:.1f}."] if n else []
 
 # %% ../nbs/13_results.ipynb #3fcd9c1f
 def _ablation_grid(method, scale):

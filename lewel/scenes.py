@@ -116,8 +116,11 @@ def draw_strokes(
     images.lerp_(gray.expand_as(images), alpha[:, None])
 
 # %% ../nbs/02_scenes.ipynb #829c6759
-def overlap(a:np.ndarray, b:np.ndarray)->np.ndarray:
-    "The area that boxes (center x, center y, side) have in common; broadcasts over all but the last axis."
+def overlap(
+    a:np.ndarray, # ... x 3: center x, center y, side of squares
+    b:np.ndarray, # of a shape that broadcasts with it
+)->np.ndarray: # ...
+    "The area that squares have in common."
     reach = (a[..., 2:] + b[..., 2:])/2 - np.abs(a[..., :2] - b[..., :2])
     width = np.minimum(reach, np.minimum(a[..., 2:], b[..., 2:]))
     return width.clip(0).prod(-1)

@@ -93,7 +93,10 @@ def draw_pair(
     epoch:int, # counted from 0
     indices, # which images
 )->tuple: # (view 1, view 2): B x 3 x size x size each, normalized
-    "The two views that chosen images have in an epoch of a run. An unreadable file is replaced by the next, as in training."
+    """The two views that chosen images have in an epoch of a run. An unreadable file is replaced by the next, as in training.
+    Raises `UserError` for indices that are not there."""
+    if not len(indices) or not 0 <= min(indices) <= max(indices) < len(images):
+        raise UserError(f"indices {list(indices)}: name at least one of the {len(images)} images, from 0 to {len(images) - 1}")
     samples = [(images.take([i])[0], i) if isinstance(images, MemorySet) else images.read(i) for i in indices]
     def view(image, i, v):
         height, width = np.array(image.shape[1:])[:, None]

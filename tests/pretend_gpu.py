@@ -1,18 +1,20 @@
 """A GPU that is not there, so that tests/test_cuda.py can run everywhere: `PYTHONPATH=tests pytest -p pretend_gpu tests/test_cuda.py`.
 
 Tensors "on cuda" are on the CPU and carry a mark, which goes from the arguments of every function to its results. As on
-a real device, arguments on two devices are an error, so is numpy, and, when torch is asked for it, whatever makes the host
-wait. Not pretended: kernels and their rounding, streams, pinned memory, other processes, torch.compile."""
+a real device, arguments on two devices are an error, so is numpy, and, when torch is asked for it, most of what makes the
+host wait. Not pretended: kernels and their rounding, streams, pinned memory, other threads and processes, torch.compile,
+and what torch's own functions and autograd do inside (gradient clipping does not work, for one)."""
 import time
-import torch
+import numpy as np, torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 CUDA = torch.device("cuda", 0)
 MOVES = {"to", "cpu", "cuda", "type_as"}
 ASSIGNS = {"copy_", "_foreach_copy_", "swap_tensors", "_has_compatible_shallow_copy_type"}       # may have both devices
-WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "unique", "unique_consecutive",
-         "masked_select", "repeat_interleave", "bincount", "is_nonzero", "equal", "allclose", "one_hot", "histc"}
+WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__format__", "__repr__", "__contains__", "nonzero", "argwhere",
+         "unique", "unique_consecutive", "masked_select", "bincount", "is_nonzero", "equal", "allclose", "new_tensor", "eigh", "eigvalsh",
+         "svd", "svdvals", "linalg_eigh", "linalg_eigvalsh", "linalg_svd", "linalg_svdvals"}
 VIEWS = {"grad", "data", "T", "mT", "H", "mH", "real"}         # properties that are tensors
 
 def tensors_in(x): return [t for t in tree_flatten(x)[0] if isinstance(t, torch.Tensor)]
@@ -60,10 +62,12 @@ class PretendGPU(TorchFunctionMode):
     def check(self, name, args, kwargs, tensors):
         "Raise for arguments on two devices, and for what waits."
         here = bool(tensors) and marked(tensors[0])
-        if any(map(marked, tensors)) and name in WAITS: self.wait(name)
+        if any(map(marked, tensors)) and (name in WAITS or name == "where" and len(tensors) == 1): self.wait(name)
         index = tensors_in(args[1]) if name in ("__getitem__", "__setitem__") else []
         if here and any(t.dtype in (torch.bool, torch.uint8) for t in index): self.wait("a mask as index")
-        if here and any(not marked(t) for t in index): self.wait("an index on the host")        # which is allowed
+        lists = name in ("__getitem__", "__setitem__") and any(isinstance(i, (list, np.ndarray)) for i in
+                                                               (args[1] if isinstance(args[1], tuple) else args[1:2]))
+        if here and (lists or any(not marked(t) for t in index)): self.wait("an index on the host")        # which is allowed
         value = args[2] if name == "__setitem__" and isinstance(args[2], torch.Tensor) else None          # may come from anywhere
         if value is not None and value.ndim and marked(value) != here: self.wait("a value from another device")
         both = len({*map(marked, tensors)}) > 1

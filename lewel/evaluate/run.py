@@ -59,9 +59,10 @@ def evaluation_sets(
         test = open_data(data, "test" if str(data) == "scenes" else "val", size, strict, train.classes)
     for part, images in ("train", train), ("val", test):
         if images.labels is None: raise UserError(f"the {part} images ({images!r}) have no labels: put them into class folders")
-    if train.classes is not None and test.classes is not None and list(train.classes) != list(test.classes):
-        raise UserError(f"the classes of {train.name} and {test.name} differ, or are in another order: "
-                        "labels have to mean the same in both")
+    for k in test.labels.unique().tolist():
+        here, there = (s.classes[k] if s.classes and k < len(s.classes) else None for s in (train, test))
+        if here and there and here != there:
+            raise UserError(f"label {k} is {here!r} in {train.name} and {there!r} in {test.name}: give both the same classes, in one order")
     if extra := set(test.labels.tolist()) - set(train.labels.tolist()):
         warn(f"label {min(extra)} of {test.name} is not among those of {train.name}: such images cannot be classified right")
     return train, test
@@ -375,7 +376,8 @@ def evaluate(
     """Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted.
     Raises `UserError`, and `Stopped` on SIGTERM."""
     code_state()      # the record names the code as it is now
-    names, data = (names.split(",") if isinstance(names, str) else list(names)), tuple(data) if isinstance(data, list) else data
+    names = [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
+    if isinstance(data, list): data = tuple(data)
     if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, Path))):
         raise UserError(f"data is {data!r:.100}: give a folder, 'scenes', or a pair of sets (train, test)")
     if not names: raise UserError(f"no protocol is named: choose from {', '.join(protocols)}")
