@@ -58,7 +58,8 @@ def evaluation_sets(
         train = open_data(data, "train", size, strict)
         test = open_data(data, "test" if str(data) == "scenes" else "val", size, strict, train.classes)
     for part, images in ("train", train), ("val", test):
-        if images.labels is None: raise UserError(f"the {part} images ({images!r}) have no labels: put them into class folders")
+        whose = images if isinstance(data, tuple) else data
+        if images.labels is None: raise UserError(f"the {part} images of {whose} have no labels: put them into class folders")
     for k in test.labels.unique().tolist():
         here, there = (s.classes[k] if s.classes and k < len(s.classes) else None for s in (train, test))
         if here and there and here != there:
