@@ -41,7 +41,7 @@ def check_path(
 )->Path: # `path`, with the user's home for "~"
     "Raises `UserError` for an empty path, or what is none."
     if not isinstance(path, (str, os.PathLike)): raise UserError(f"{what} is {path!r}: give a path")
-    if str(path) == "": raise UserError(f"{what} has no name: is a variable empty?")
+    if os.fspath(path) == "": raise UserError(f"{what} has no name: is a variable empty?")
     return Path(path).expanduser()
 
 # %% ../nbs/00_core.ipynb #d18dfdf4

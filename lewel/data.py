@@ -159,14 +159,14 @@ def image_size(
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".tga"}
 NOT_READ = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"} # images, too
 
-def _files(folder, onerror=None):
-    "Paths of the files below `folder`, relative to it; hidden files and folders are left out, and folders of runs."
+def _files(folder, onerror=None, named=False):
+    "Paths of the files below `folder`, relative to it, without hidden files and folders, and without folders of runs (but a `named` one)."
     for where, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         here = os.path.realpath(where)
         def loops(f): return os.path.islink(p := os.path.join(where, f)) and os.path.commonpath([t := os.path.realpath(p), here]) == t
         folders[:] = [f for f in folders if not f.startswith(".") and not loops(f)]
         inside = Path(where) != Path(folder)
-        if inside and {"last.pt", "curve.csv"} <= {*files}: folders[:] = []; continue            # a run's, with figures perhaps
+        if (inside or not named) and {"last.pt", "curve.csv"} <= {*files}: folders[:] = []; continue    # a run's, with figures perhaps
         below = "" if not inside else Path(where).relative_to(folder).as_posix() + "/"
         yield from (below + f for f in files if not f.startswith("."))
 
@@ -177,7 +177,7 @@ def list_images(
 )->list: # paths relative to `folder` with "/" between the parts, sorted
     "All the image files below `folder`; hidden files and folders are left out. Raises `UserError` for a folder that cannot be listed."
     def refuse(e): raise UserError(f"{e.filename} cannot be listed ({e.strerror}): make it readable, or move it away")
-    files = sorted(_files(folder, refuse))
+    files = sorted(_files(folder, refuse, named=True))
     if others := [f for f in files if _suffix(f) in NOT_READ]:
         warn(f"{len(others)} file{'s'*(len(others) > 1)} in {folder} not read, such as {others[0]}: "
              "convert to JPEG or PNG to have them, too")

@@ -8,10 +8,10 @@ __all__ = ['head_parts', 'official_parts', 'numpy_numbers', 'detectron2_parts', 
            'optional', 'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone',
            'run_backbone', 'check_backbone', 'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name',
            'torch_file', 'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'check_kept',
-           'export_backbone', 'bullets', 'commit_words', 'judges', 'model_card', 'checkpoint_card']
+           'unwrapped', 'export_backbone', 'bullets', 'commit_words', 'judges', 'model_card', 'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
-import errno, hashlib, importlib, os, pickle, tempfile
+import errno, hashlib, importlib, os, pickle, tempfile, warnings
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -58,14 +58,13 @@ def read_weights(
     path = Path(path).expanduser()
     if path.is_dir(): raise UserError(f"{path} is a folder: give a file in it, of a run last.pt or best.pt")
     if not path.is_file(): raise UserError(f"no weight file at {path}")
-    with safe_globals(numpy_numbers):
+    with safe_globals(numpy_numbers), warnings.catch_warnings():
+        warnings.simplefilter("ignore")           # torch's, of pickles that are not its own
         try: return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
-            if path.suffix == ".pkl":
-                raise UserError(f"{path} is not a weight file of torch's (detectron2's are not read): "
-                                "export for torchvision or safetensors") from e
             reason = _foreign(path) if isinstance(e, pickle.UnpicklingError) else (str(e) or type(e).__name__).splitlines()[0]
-            raise UserError(f"{path} is not a weight file that can be read safely ({reason})") from e
+            hint = "; detectron2's files are not read: export for torchvision or safetensors" if path.suffix == ".pkl" else ""
+            raise UserError(f"{path} is not a weight file that can be read safely ({reason}){hint}") from e
 
 # %% ../nbs/10_interop.ipynb #ced45ad3
 def check_tensors(
@@ -318,6 +317,15 @@ def check_kept(
     if path.exists() and not ours:
         raise UserError(f"{path} is there already, without the card of an export: name the weight file otherwise, or remove it")
 
+def unwrapped(
+    module:nn.Module, # perhaps in a wrapper of torch.compile or data parallel, or in several
+)->nn.Module: # without
+    "What is inside."
+    while True:
+        if hasattr(module, "_orig_mod"): module = module._orig_mod
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): module = module.module
+        else: return module
+
 def export_backbone(
     method, # a finished run's folder, checkpoint, method (`lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
     path=None, # the file to write; in a run's folder by default, named after the checkpoint if that is given
@@ -337,8 +345,8 @@ def export_backbone(
     check_place(path)
     if run: check_kept(run, path)
     if run: method = run_backbone(run)[0]
-    backbone = getattr(method, "backbone", method)
-    if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)): backbone = backbone.module
+    method = unwrapped(method)
+    backbone = unwrapped(getattr(method, "backbone", method))
     # copies: safetensors refuses tensors that share memory
     state = {k.replace("_orig_mod.", ""): v.detach().cpu().clone(memory_format=torch.contiguous_format)
              for k, v in backbone.state_dict().items()}

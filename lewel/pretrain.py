@@ -180,6 +180,8 @@ class Precision(Callback):
         if self.unscaled: self.scaler.update()      # or it would refuse to unscale the next step's gradients
         self.unscaled = False
 
+    def after_cancel_batch(self): self.after_cancel_step()
+
 # %% ../nbs/17_pretrain.ipynb #1d9a8a54
 class Curve(Callback):
     "Rows of losses, rates and diagnostics; progress lines; warnings that name a symptom."

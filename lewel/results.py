@@ -50,10 +50,12 @@ def cpu_model()->str: # such as "Intel(R) Xeon(R) CPU @ 2.20GHz"
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
-def tf32_used()->list: # of "convolutions", "products"; ["mixed"] if they were set in torch's newer way
+def tf32_used()->list: # of "convolutions", "products"
     "What rounds float32 to TF32's 10 bits on a GPU: in torch by default convolutions do, matrix products do not."
-    try: used = dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError: return ["mixed"]
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    try: used = dict(convolutions=cudnn.allow_tf32, products=products.allow_tf32)
+    except RuntimeError:              # they were set in torch's newer way, and are to be read in that
+        used = dict(convolutions=cudnn.conv.fp32_precision == "tf32", products=products.fp32_precision == "tf32")
     return [what for what, on in used.items() if on]
 
 def environment(

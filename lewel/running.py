@@ -11,7 +11,6 @@ __all__ = ['overdue', 'Stopped', 'time_budget', 'heard', 'noting_signals', 'NonF
 # %% ../nbs/15_running.ipynb #2d28722a
 import ctypes, fcntl, os, resource, signal, sys, threading, time
 from contextlib import contextmanager, suppress
-from numbers import Integral
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -86,7 +85,7 @@ def check_least(
 ):
     "Raises `UserError` for what is no whole number, or too small."
     for name, (value, least) in values.items():
-        if not isinstance(value, Integral) or isinstance(value, bool): raise UserError(f"{name}={value!r} must be a whole number")
+        if not isinstance(value, int) or isinstance(value, bool): raise UserError(f"{name}={value!r} must be a whole number, an int")
         if value < least: raise UserError(f"{name}={value!r} must be at least {least}")
 
 # %% ../nbs/15_running.ipynb #f7f99c0b

@@ -62,7 +62,7 @@ class PretendGPU(TorchFunctionMode):
     def check(self, name, args, kwargs, tensors):
         "Raise for arguments on two devices, and for what waits."
         here = bool(tensors) and marked(tensors[0])
-        if any(map(marked, tensors)) and (name in WAITS or name == "where" and len(tensors) == 1): self.wait(name)
+        if any(map(marked, tensors)) and (name in WAITS or name == "where" and len(args) + len(kwargs) == 1): self.wait(name)
         index = tensors_in(args[1]) if name in ("__getitem__", "__setitem__") else []
         if here and any(t.dtype in (torch.bool, torch.uint8) for t in index): self.wait("a mask as index")
         lists = name in ("__getitem__", "__setitem__") and any(isinstance(i, (list, np.ndarray)) for i in

@@ -61,8 +61,8 @@ def evaluation_sets(
         whose = images if isinstance(data, tuple) else data
         if images.labels is None: raise UserError(f"the {part} images of {whose} have no labels: put them into class folders")
     for k in test.labels.unique().tolist():
-        here, there = (s.classes[k] if s.classes and k < len(s.classes) else None for s in (train, test))
-        if here and there and here != there:
+        here, there = (s.classes[k] if s.classes is not None and k < len(s.classes) else None for s in (train, test))
+        if None not in (here, there) and here != there:
             raise UserError(f"label {k} is {here!r} in {train.name} and {there!r} in {test.name}: give both the same classes, in one order")
     if extra := set(test.labels.tolist()) - set(train.labels.tolist()):
         warn(f"label {min(extra)} of {test.name} is not among those of {train.name}: such images cannot be classified right")
