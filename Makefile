@@ -45,7 +45,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
 	OMP_NUM_THREADS=1 pytest -q -n 2 tests
-	OMP_NUM_THREADS=1 PYTHONPATH=tests pytest -q -n 2 -p pretend_gpu tests/test_cuda.py            # what a GPU would do, without one
+	OMP_NUM_THREADS=1 PYTHONPATH=tests pytest -q -n 2 -p pretend_gpu -k "not resumes" tests/test_cuda.py   # what a GPU would do, without one
 	@$(MAKE) --no-print-directory verify
 
 verify: $(VENV)/installed
