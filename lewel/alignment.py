@@ -10,6 +10,7 @@ __all__ = ['aggregations', 'Head', 'to_tokens', 'alignment_maps', 'aggregate', '
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from .core import UserError, check_choice
 from .backbones import init_weights
@@ -159,26 +160,32 @@ class CoupledHead(nn.Module):
         self.g, self.p = (Head(channels, hidden_dim, dim, norm) for _ in range(2))
         self.g_maps = None if coupled else Head(channels, hidden_dim, dim, norm)
 
-    def project(self,
-        tokens:torch.Tensor, # B x N x C: the pixels
-    )->tuple: # global embedding B x d; per-pixel projections B x N x d
-        "g on the pooled vector and on every pixel, in one batch where it is the same g (method.md section 2, steps 1 and 2)."
-        pooled = tokens.mean(1, keepdim=True)
-        if self.g_maps is not None: return self.g(pooled).squeeze(1), self.g_maps(tokens)
-        both = self.g(torch.cat([pooled, tokens], 1))
-        return both[:, 0], both[:, 1:]
+# %% ../nbs/05_alignment.ipynb #9bd7ad07
+@patch
+def project(self:CoupledHead,
+    tokens:torch.Tensor, # B x N x C: the pixels
+)->tuple: # global embedding B x d; per-pixel projections B x N x d
+    "g on the pooled vector and on every pixel, in one batch where it is the same g (method.md section 2, steps 1 and 2)."
+    pooled = tokens.mean(1, keepdim=True)
+    if self.g_maps is not None: return self.g(pooled).squeeze(1), self.g_maps(tokens)
+    both = self.g(torch.cat([pooled, tokens], 1))
+    return both[:, 0], both[:, 1:]
 
-    def maps(self,
-        v:torch.Tensor, # B x N x d: per-pixel projections
-    )->torch.Tensor: # B x N x d, each map sums to 1
-        "The alignment maps, learned or whatever `aggregation` puts in their place."
-        if self.aggregation == "uniform": return torch.full_like(v, 1/v.shape[1])
-        return alignment_maps(torch.randn_like(v) if self.aggregation == "random" else v, self.scale, self.normalize)
+# %% ../nbs/05_alignment.ipynb #c2137566
+@patch
+def maps(self:CoupledHead,
+    v:torch.Tensor, # B x N x d: per-pixel projections
+)->torch.Tensor: # B x N x d, each map sums to 1
+    "The alignment maps, learned or whatever `aggregation` puts in their place."
+    if self.aggregation == "uniform": return torch.full_like(v, 1/v.shape[1])
+    return alignment_maps(torch.randn_like(v) if self.aggregation == "random" else v, self.scale, self.normalize)
 
-    def forward(self,
-        features:torch.Tensor, # B x C x H x W
-    )->Embeddings: # z B x d, aligned B x d/h x d, maps B x N x d
-        tokens = to_tokens(features)
-        z, v = self.project(tokens)
-        maps = self.maps(v)
-        return Embeddings(z, self.p.after_hidden(aligned_hidden(tokens, maps, self.groups, self.p.hidden)), maps)
+# %% ../nbs/05_alignment.ipynb #2a345206
+@patch
+def forward(self:CoupledHead,
+    features:torch.Tensor, # B x C x H x W
+)->Embeddings: # z B x d, aligned B x d/h x d, maps B x N x d
+    tokens = to_tokens(features)
+    z, v = self.project(tokens)
+    maps = self.maps(v)
+    return Embeddings(z, self.p.after_hidden(aligned_hidden(tokens, maps, self.groups, self.p.hidden)), maps)

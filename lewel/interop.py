@@ -317,6 +317,7 @@ def check_kept(
     if path.exists() and not ours:
         raise UserError(f"{path} is there already, without the card of an export: name the weight file otherwise, or remove it")
 
+# %% ../nbs/10_interop.ipynb #6d3bef38
 def unwrapped(
     module:nn.Module, # perhaps in a wrapper of torch.compile or data parallel, or in several
 )->nn.Module: # without
@@ -326,6 +327,7 @@ def unwrapped(
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): module = module.module
         else: return module
 
+# %% ../nbs/10_interop.ipynb #f6156a98
 def export_backbone(
     method, # a finished run's folder, checkpoint, method (`lewel.methods`) or its backbone: torchvision's ResNet unless for safetensors
     path=None, # the file to write; in a run's folder by default, named after the checkpoint if that is given
