@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'CLASSES', 'builders', 'NO_MEMORY', 'trainings', 'SUSTAINED', 'IMAGES', 'DATA', 'GPUS', 'MINUTES',
-           'multiply_adds', 'count_parameters', 'method_counts', 'classes_of', 'detector_size', 'detector_pass',
-           'protocol_counts', 'process_peak_mb', 'measured', 'fresh', 'Lap', 'pretrain_briefly', 'noise_masks',
-           'noise_boxes', 'evaluate_briefly', 'gpu_hours', 'take_twice', 'method_cost', 'training_images',
-           'protocol_cost', 'number', 'duration', 'memory_at', 'cost_report', 'data_plan', 'placed', 'pretrain_work',
-           'evaluation_work', 'job', 'torchrun', 'run_plan', 'evaluation_plan', 'ablation_plan', 'condition_plan',
-           'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
+           'multiply_adds', 'count_parameters', 'CountedBackbone', 'method_counts', 'classes_of', 'detector_size',
+           'detector_pass', 'protocol_counts', 'process_peak_mb', 'measured', 'fresh', 'Lap', 'pretrain_briefly',
+           'noise_masks', 'noise_boxes', 'evaluate_briefly', 'gpu_hours', 'take_twice', 'method_cost',
+           'training_images', 'protocol_cost', 'number', 'duration', 'memory_at', 'cost_report', 'data_plan', 'placed',
+           'pretrain_work', 'evaluation_work', 'job', 'torchrun', 'run_plan', 'evaluation_plan', 'ablation_plan',
+           'condition_plan', 'plan', 'print_plan', 'compare_costs', 'cost_table', 'write_cost', 'conclude_cost']
 
 # %% ../nbs/29_cost.ipynb #e6f6caf7
 import math, os, re, shlex, signal, time
@@ -63,6 +63,31 @@ def count_parameters(
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return dict(trained=sum(n for n, trained in sizes if trained), parameters=sum(n for n, _ in sizes))
 
+# %% ../nbs/29_cost.ipynb #5b91429c
+@cache
+def _backbone_counts(
+    backbone:str, # its name
+    size:int, # of a view, pixels
+)->tuple: # shape of an image's feature map; multiply-adds for an image forward; forward and backward
+    "A backbone on `meta`; two images, since one is too few for BatchNorm."
+    with torch.device("meta"): net, views = create_backbone(backbone), torch.empty(2, 3, size, size)
+    both = multiply_adds(lambda: net(views).sum().backward())
+    with torch.no_grad(): return net(views).shape[1:], multiply_adds(lambda: net(views))//2, both//2
+
+class CountedBackbone(nn.Module):
+    "Gives feature maps of the backbone's shape, and adds up what the backbone would multiply for them."
+    def __init__(self,
+        backbone:str, # its name
+        size:int, # of a view, pixels
+    ):
+        super().__init__()
+        shape, self.forward_products, self.step_products = _backbone_counts(backbone, size)
+        self.features, self.products = nn.Parameter(torch.empty(shape)), 0
+
+    def forward(self, x):
+        self.products += len(x)*(self.step_products if torch.is_grad_enabled() else self.forward_products)
+        return self.features.expand(len(x), -1, -1, -1)
+
 # %% ../nbs/29_cost.ipynb #2364c732
 NUMBERS = ("scale", "global_weight", "normalize", "target_norm", "base_momentum", "cosine_momentum", "temperature",
            "predictor_init") # options of methods that no product's shape depends on
@@ -77,11 +102,13 @@ def _counts(
 )->tuple: # see `count_parameters`; bytes of the method's state; multiply-adds of a step
     "A method and its step on `meta`, counted once for each shape."
     with torch.device("meta"):
-        method = create_method(name, backbone, **dict(options))
-        views = torch.empty(2, batch_size, 3, size, size)
+        method, views = create_method(name, backbone, **dict(options)), torch.empty(2, batch_size, 3, size, size)
+        parameters, state = count_parameters(method), method.state_dict().values()
+        method.online.backbone = CountedBackbone(backbone, size)
+        method.target.backbone = CountedBackbone(backbone, size).requires_grad_(False)
         products = multiply_adds(lambda: method(*views).loss.backward())
-    state_bytes = sum(t.numel()*t.element_size() for t in method.state_dict().values())
-    return count_parameters(method), state_bytes, products
+    products += method.online.backbone.products + method.target.backbone.products
+    return parameters, sum(t.numel()*t.element_size() for t in state), products
 
 # %% ../nbs/29_cost.ipynb #9bb024a1
 def method_counts(

@@ -50,6 +50,17 @@ class ImageSet:
         "How many of the images can be read, as far as is known."
         return len(self) - len(set(self.skipped).intersection(self.paths or ()))
 
+# %% ../nbs/01_data.ipynb #f4f7664f
+def _class_indices(labels, n):
+    "`labels` as a LongTensor of `n` class indices; raises `UserError`."
+    try: labels = torch.as_tensor(labels)
+    except (TypeError, ValueError) as e: raise UserError(f"labels must be N class indices ({e})") from None
+    if labels.ndim != 1 or not torch.equal(labels, labels.long().to(labels.dtype)):
+        raise UserError(f"labels must be N class indices, not {tuple(labels.shape)} of {labels.dtype}")
+    if len(labels) != n: raise UserError(f"{len(labels)} labels for {n} images: give one label per image")
+    if n and labels.min() < 0: raise UserError(f"label {labels.min()}: labels are class indices from 0; leave images without a label out")
+    return labels.long()
+
 # %% ../nbs/01_data.ipynb #a55cb2a6
 class MemorySet(ImageSet):
     "Images of one size, as a tensor."
@@ -67,16 +78,8 @@ class MemorySet(ImageSet):
         if not torch.is_tensor(images): raise UserError(f"images are a {type(images).__name__}: give a tensor N x 3 x H x W of uint8")
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}")
-        if labels is not None:
-            try: labels = torch.as_tensor(labels)
-            except (TypeError, ValueError) as e: raise UserError(f"labels must be N class indices ({e})") from None
-            if labels.ndim != 1 or not torch.equal(labels, labels.long().to(labels.dtype)):
-                raise UserError(f"labels must be N class indices, not {tuple(labels.shape)} of {labels.dtype}")
-            labels = labels.long()
-            if len(labels) != len(images): raise UserError(f"{len(labels)} labels for {len(images)} images: give one label per image")
-            if len(labels) and labels.min() < 0:
-                raise UserError(f"label {labels.min()}: labels are class indices from 0; leave images without a label out")
-        self.images, self.labels, self.classes, self.name, self.skipped, self.paths = images, labels, classes, name, list(skipped), paths
+        self.images, self.labels = images, None if labels is None else _class_indices(labels, len(images))
+        self.classes, self.name, self.skipped, self.paths = classes, name, list(skipped), paths
 
     def __len__(self): return len(self.images)
 
@@ -100,12 +103,16 @@ class MemorySet(ImageSet):
             if torch.is_tensor(getattr(self, name)): setattr(out, name, getattr(self, name).to(device))
         return out
 
-    def fingerprint(self):
-        "16 hex digits of a SHA-256 over the shape, the images and the labels: equal sets have equal fingerprints, wherever they are."
-        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            if tensor is not None: digest.update(tensor.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+# %% ../nbs/01_data.ipynb #98687441
+@patch
+def fingerprint(
+    self:MemorySet
+)->str: # 16 hex digits
+    "SHA-256 over the shape, the images and the labels: equal sets have equal fingerprints, wherever they are."
+    digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+    for tensor in (self.images, self.labels):
+        if tensor is not None: digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #14826667
 class UnreadableImage(Exception):
@@ -121,13 +128,7 @@ def _opened(path):
     except UnreadableImage: raise
     except Exception as e: raise UnreadableImage((str(e) or type(e).__name__).splitlines()[0]) from e
 
-def _turn(image):
-    """EXIF orientation, 1 to 8, from what precedes the pixels:
-    Pillow would decode a PNG to look for it behind them, and has turned a TIFF already."""
-    if (image.format == "TIFF" or image.format == "PNG" and
-        not {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()): return 1
-    return image.getexif().get(0x112, 1)
-
+# %% ../nbs/01_data.ipynb #bbd7db8c
 def _to_rgb(image):
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise UnreadableImage("32-bit gray has no agreed range: convert it to 8 or 16 bits")
@@ -137,6 +138,14 @@ def _to_rgb(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+# %% ../nbs/01_data.ipynb #602fe716
+def _turn(image):
+    """EXIF orientation, 1 to 8, from what precedes the pixels:
+    Pillow would decode a PNG to look for it behind them, and has turned a TIFF already."""
+    if (image.format == "TIFF" or image.format == "PNG" and
+        not {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()): return 1
+    return image.getexif().get(0x112, 1)
 
 def decode_image(
     path, # file of any format that Pillow reads
@@ -207,28 +216,31 @@ class FolderSet(ImageSet):
         "Decode an image; raises `UnreadableImage`."
         return decode_image(self.root/self.paths[i])
 
-    def skip(self,
-        path:str, # relative to `root`
-        reason, # why it cannot be read
-    ):
-        "Record an unreadable image, once: warn, or with `strict` raise `UserError`."
-        reason = f"{self.root/path} cannot be read ({reason})"
-        if self.strict: raise UserError(f"{reason}: repair or remove it, or leave out strict to skip such images")
-        if path not in self.skipped:
-            self.skipped.append(path)
-            warn(f"skipped: {reason}")
+# %% ../nbs/01_data.ipynb #6fa0ddba
+@patch
+def skip(self:FolderSet,
+    path:str, # relative to `root`
+    reason, # why it cannot be read
+):
+    "Record an unreadable image, once: warn, or with `strict` raise `UserError`."
+    reason = f"{self.root/path} cannot be read ({reason})"
+    if self.strict: raise UserError(f"{reason}: repair or remove it, or leave out strict to skip such images")
+    if path not in self.skipped:
+        self.skipped.append(path)
+        warn(f"skipped: {reason}")
 
-    def read(self,
-        i:int, # which image
-        load=decode_image, # what to do with its path
-    )->tuple: # (image, index): the image at `i`, or the next readable one and where it stands
-        "Read an image, replacing an unreadable one by the next; raises `UserError` if there is none, `IndexError` beyond the last."
-        if not 0 <= i < len(self): raise IndexError(f"image {i} of {len(self)} in {self.root}")
-        for index in itertools.chain(range(i, len(self)), range(i)):
-            if (path := self.paths[index]) in self.skipped: continue
-            try: return load(self.root/path), index
-            except UnreadableImage as e: self.skip(path, e)
-        raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
+@patch
+def read(self:FolderSet,
+    i:int, # which image
+    load=decode_image, # what to do with its path
+)->tuple: # (image, index): the image at `i`, or the next readable one and where it stands
+    "Read an image, replacing an unreadable one by the next; raises `UserError` if there is none, `IndexError` beyond the last."
+    if not 0 <= i < len(self): raise IndexError(f"image {i} of {len(self)} in {self.root}")
+    for index in itertools.chain(range(i, len(self)), range(i)):
+        if (path := self.paths[index]) in self.skipped: continue
+        try: return load(self.root/path), index
+        except UnreadableImage as e: self.skip(path, e)
+    raise UserError(f"none of the {len(self)} images in {self.root} can be read: is this the right folder?")
 
 # %% ../nbs/01_data.ipynb #041c88c3
 @patch(as_prop=True)
@@ -371,8 +383,6 @@ def open_folder(
     return FolderSet(folder, paths, labels, classes, name=root.resolve().name, strict=strict)
 
 # %% ../nbs/01_data.ipynb #cd79862e
-MEMORY_LIMIT = 2 << 30 # bytes; larger folders are streamed
-
 def imagenette_place()->Path: # a folder, once it has been downloaded
     "Where fastai unpacks Imagenette with its short side at 160 pixels."
     from fastai.data.external import URLs, fastai_path
@@ -385,6 +395,9 @@ def imagenette_folder()->Path:
     except Exception as e:
         raise UserError(f"Imagenette could not be downloaded ({type(e).__name__}): fetch and unpack "
                         f"{URLs.IMAGENETTE_160} yourself and give the folder's path instead") from e
+
+# %% ../nbs/01_data.ipynb #835e98c7
+MEMORY_LIMIT = 2 << 30 # bytes; larger folders are streamed
 
 def open_data(
     data, # "scenes", "imagenette" or the path of a folder

@@ -149,6 +149,7 @@ def compare(self:Method,
     if self.aligned_criterion is None: return global_loss, torch.zeros_like(global_loss)
     return global_loss, sum(self.aligned_criterion(o.aligned, t.aligned) for o, t in directions)
 
+# %% ../nbs/08_methods.ipynb #7555e314
 @patch
 def part_losses(self:Method,
     view1:torch.Tensor, # B x 3 x height x width, normalized
@@ -161,6 +162,7 @@ def part_losses(self:Method,
     w = self.global_weight
     return Losses(w*global_loss + (1 - w)*aligned_loss, global_loss, aligned_loss, onlines[0]), targets
 
+# %% ../nbs/08_methods.ipynb #b10e5e0c
 @patch
 def push(self:Method,
     parts:list, # for each part of a batch what `part_losses` gave as second

@@ -63,6 +63,7 @@ def views_of(
             raise UserError(f"view option {k}={v!r} must be a number")
     return (byol_views if recipe.views == "byol" else mocov2_views)(recipe.size, **changes)
 
+# %% ../nbs/12_paper.ipynb #9adbf4c0
 def check_recipe(
     r:Recipe, # to be checked
 ):

@@ -131,6 +131,7 @@ class Views(NamedTuple):
     sigma:np.ndarray # B: standard deviation of the blur, pixels; 0 is no blur
     solarize:np.ndarray # B bool
 
+# %% ../nbs/03_views.ipynb #53f0408f
 def draw_views(
     recipe:ViewRecipe, # probabilities and ranges
     seed:int, # of the run
@@ -174,6 +175,7 @@ def to_device(
     tensor = torch.from_numpy(array).to(dtype)
     return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
 
+# %% ../nbs/03_views.ipynb #1f626b5a
 def resize_matrix(
     start:np.ndarray, # B: where the box begins, pixels
     length:np.ndarray, # B: its extent, pixels
@@ -295,6 +297,7 @@ def neighbors(
     np.add.at(out, (np.abs(distance), i, j), 1)
     return torch.as_tensor(out, device=device, dtype=dtype)
 
+# %% ../nbs/03_views.ipynb #6ac4a77b
 def gaussian_blur(
     x:torch.Tensor, # B x C x S x S
     sigma:np.ndarray, # B standard deviations, pixels
@@ -430,6 +433,7 @@ def cut(
     crop = TF.resized_crop(image, *box.tolist(), [recipe.size]*2, InterpolationMode(recipe.interpolation), antialias=True)
     return crop.flip(2) if flip else crop
 
+# %% ../nbs/03_views.ipynb #858f0358
 class StreamedSteps(Dataset):
     "The shares of a `FolderSet` by epoch and number."
     def __init__(self,
