@@ -44,7 +44,7 @@ test: $(VENV)/installed
 	ruff check --quiet --target-version py310 --select E9,E501,F401 --line-length 140 nbs experiments tests
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
-	OMP_NUM_THREADS=1 pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
 	OMP_NUM_THREADS=1 PYTHONPATH=tests pytest -q -n 2 -p pretend_gpu -k "not resumes" tests/test_cuda.py   # what a GPU would do, without one
 	@$(MAKE) --no-print-directory verify
 

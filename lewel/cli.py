@@ -178,10 +178,9 @@ def logger_callbacks(
             from fastai.callback.tensorboard import TensorBoardCallback
             return [TensorBoardCallback(log_dir=Path(out)/"tensorboard", trace_model=False, log_preds=False)]
         if name == "wandb":
-            import wandb
             from fastai.callback.wandb import WandbCallback
-            wandb.init(project="lewel", dir=str(out))
-            return [WandbCallback(log_preds=False, log_model=False)]
+            from lewel.pretrain import WandbRun
+            return [WandbRun(Path(out)), WandbCallback(log_preds=False, log_model=False)]
     except ImportError as e:
         raise UserError(f"--logger {name} needs a package that is not installed ({e}): pip install {name}") from e
     return []

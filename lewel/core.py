@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'METHODS', 'PROTOCOLS', 'UserError', 'check_choice', 'check_path', 'parse_option', 'atomic_write',
-           'write_failure', 'read_failures', 'warn', 'handling', 'pace']
+           'remove_partial', 'write_failure', 'read_failures', 'warn', 'handling', 'pace']
 
 # %% ../nbs/00_core.ipynb #78ad95f8
 import difflib, json, os, signal, sys, tempfile
@@ -83,6 +83,12 @@ def atomic_write(
         if isinstance(cause, OSError): raise OSError(cause.errno, cause.strerror, str(path)) from e
         raise
     return path
+
+def remove_partial(
+    folder:Path, # in which nobody else is writing
+):
+    "Remove what `atomic_write` left if its process was killed."
+    for path in folder.glob(".*.????????.tmp"): path.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #a84f18b1
 def write_failure(

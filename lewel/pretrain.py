@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['create_optimizer', 'Optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Precision', 'Curve',
-           'steps_between_rows', 'monitor_sets', 'Monitor', 'Checkpoints', 'Snapshots', 'Bars', 'check_positions',
-           'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader', 'check_space', 'describe',
-           'train', 'compile_networks', 'open_shared', 'pretrain', 'StopAt']
+           'steps_between_rows', 'monitor_sets', 'Monitor', 'Checkpoints', 'Snapshots', 'WandbRun', 'Bars',
+           'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
+           'check_space', 'describe', 'train', 'compile_networks', 'open_shared', 'pretrain', 'StopAt']
 
 # %% ../nbs/17_pretrain.ipynb #51c69077
-import copy, math, shutil, signal, sys, time
+import copy, math, secrets, shutil, signal, sys, time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -134,8 +134,12 @@ def _do_one_batch(self:Pretraining):
 # %% ../nbs/17_pretrain.ipynb #0dd6d1be
 class Steps(Callback):
     "Schedules: learning rate before the step, target momentum after it."
+    def before_fit(self): self.learn.train_iter = self.learn.step       # at which fastai's loggers write
+
     def before_epoch(self):
         self.loader.epoch, self.loader.start = self.epoch, self.learn.step - self.epoch*len(self.loader)
+
+    def after_epoch(self): self.learn.step = (self.epoch + 1)*len(self.loader)      # also if a callback has cut it short
 
     def before_validate(self): raise CancelValidException()      # nothing to validate: `Monitor` does that
 
@@ -323,7 +327,16 @@ class Checkpoints(Callback):
     ):
         self.out, self.fingerprint, self.builds_on, self.signals, self.precision = Path(out), fingerprint, builds_on, signals, precision
         self.every_steps, self.every_minutes, self.saved = every_steps, every_minutes, time.time()
-        self.git, self.earlier_git, self.earlier_processes, self.best, self.whole = code_state(), [], [], -1., 0
+        self.git, self.earlier_git, self.earlier_processes, self.earlier_machines = code_state(), [], [], []
+        self.machine, self.earlier_peak, self.best, self.whole = None, 0., -1., 0
+
+    def before_fit(self):
+        self.machine = {k: v for k, v in environment(self.dls.device).items() if k in ("versions", "hardware")}
+        before = self.earlier_machines
+        self.earlier_machines = [m for i, m in enumerate(before) if m and m not in (self.machine, *before[:i])]
+
+    @property
+    def peak(self): return max(self.earlier_peak, peak_memory_mb(self.dls.device))
 
     def after_batch(self):
         due = self.every_steps and self.learn.step % self.every_steps == 0 or time.time() - self.saved > self.every_minutes*60
@@ -362,6 +375,7 @@ def save(self:Checkpoints,
                         images=self.loader.images.name, builds_on=self.builds_on,
                         accumulate=self.learn.accumulate, git=self.git, earlier_git=self.earlier_git,
                         processes=world()[1], earlier_processes=self.earlier_processes,
+                        machine=self.machine, earlier_machines=self.earlier_machines, peak_memory_mb=self.peak,
                         curve=curve.rows, pending=[row.tolist() for row in curve.pending], seconds=curve.seconds,
                         steps_per_epoch=len(self.loader), warned=sorted(curve.warned), best=self.best, skipped=list(skipped))
     if curve.rows: write_curve(self.out, curve.rows)
@@ -388,6 +402,8 @@ def load(self:Checkpoints,
         torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
     before = state.get("processes", world()[1])
     self.earlier_processes = state.get("earlier_processes", []) + [before]*(before != world()[1])
+    self.earlier_machines = [*state.get("earlier_machines", []), state.get("machine")]
+    self.earlier_peak = state.get("peak_memory_mb", 0.)
     if before != world()[1] and world()[0] == 0:
         warn(f"{self.out/'last.pt'} was made by {before} process{'es'*(before > 1)}, and goes on in {world()[1]}: "
              "BatchNorm sees other parts of a batch; the record will name both")
@@ -419,6 +435,18 @@ class Snapshots(Callback):
         if self.learn.step == 0: self.keep(0)
 
     def after_epoch(self): self.keep(self.epoch + 1)
+
+# %% ../nbs/17_pretrain.ipynb #0adb7ef5
+class WandbRun(Callback):
+    "Begins the run of Weights & Biases that fastai's callback logs to, or goes on with it."
+    def __init__(self,
+        out:Path, # folder of the run
+    ): self.id = out/"wandb"/"id"
+
+    def before_fit(self):
+        import wandb
+        if not self.learn.step or not self.id.exists(): atomic_write(self.id, secrets.token_hex(4))
+        wandb.init(project="lewel", dir=str(self.id.parent.parent), id=self.id.read_text(), resume="allow")
 
 # %% ../nbs/17_pretrain.ipynb #336cc603
 class Bars(ProgressCallback):
@@ -494,9 +522,9 @@ def pretrain_record(
     record = dict(kind="pretrain", scale=scale, method=recipe_name(r), seed=r.seed, recipe=asdict(r),
                   metrics=metrics, data=data, seconds=learn.curve.seconds,
                   images_per_second=learn.total_steps*r.batch_size/learn.curve.seconds,
-                  peak_memory_mb=peak_memory_mb(device), processes=world()[1], accumulate=learn.accumulate,
+                  peak_memory_mb=learn.checkpoints.peak, processes=world()[1], accumulate=learn.accumulate,
                   compiled=compiled, builds_on=list(builds_on), warnings=sorted(learn.curve.warned), **environment(device))
-    for what in "earlier_git", "earlier_processes":      # of what this process went on for
+    for what in "earlier_git", "earlier_processes", "earlier_machines":      # of what this process went on for
         if earlier := getattr(learn.checkpoints, what): record[what] = earlier
     return dict(id=run_id(record), **record)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fastprogress.core import IN_NOTEBOOK
-from .core import UserError, check_choice, handling
+from .core import UserError, check_choice, handling, remove_partial, warn
 from .data import ImageSet
 from .target import world
 
@@ -195,6 +195,9 @@ def process_group(
     device:torch.device, # of this process
 ):
     "Within it, the processes that torchrun started are connected. Alone, or in a group that exists already, nothing happens."
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        warn(f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, each of which is a run by itself: for one run in many processes "
+             "let it start one task for each node, torchrun")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized(): yield; return
     try: dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except ValueError as e:
@@ -239,6 +242,7 @@ def held_output(
         try:
             if out.resolve() in _held: raise UserError(f"this process is writing to {out} already: choose another output folder")
             lock = lock_output(out); _held.add(out.resolve())
+            remove_partial(out)
         except UserError as e: refused = str(e)
     if refused := from_first_rank(lambda: refused): raise UserError(refused)
     try: yield

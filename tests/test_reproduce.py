@@ -18,6 +18,27 @@ def call(*command, **environment):
                           capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
+@pytest.fixture
+def script(monkeypatch, capsys):
+    "Run a script of the experiments in this process: script('run.py', ...) -> (code, output, errors)."
+    def run(name, *argv, folder=root, **environment):
+        with monkeypatch.context() as m:
+            m.chdir(folder)
+            m.setattr(sys, "argv", [name, *map(str, argv)])
+            for variable, value in environment.items(): m.setenv(variable, value)
+            with pytest.raises(SystemExit) as stop: runpy.run_path(f"experiments/{name}", run_name="__main__")
+        return stop.value.code or 0, *capsys.readouterr()
+    return run
+
+@pytest.fixture
+def refused(script):
+    "What a script says to what it refuses: exit code 2 and one line."
+    def run(*argv, **environment):
+        code, out, err = script(*argv, **environment)
+        assert code == 2 and out == "" and len(err.splitlines()) == 1, (code, out, err)
+        return err
+    return run
+
 def test_ablation_job(tmp_path):
     "One factor, from its notebook to records that name their pretraining, and a mark."
     out = tmp_path/"ablations"/"lewel_m-target-s0"
@@ -33,18 +54,16 @@ def test_ablation_job(tmp_path):
 @pytest.mark.parametrize("wrong, words", [("method=lewel_c", "did you mean 'lewel_"),
                                           ("sede=1", "did you mean 'seed'?"), ("seed=-1", "must be at least 0"),
                                           ("seed=one", "must be of type int"), ("scale=dem", "did you mean 'demo'?")])
-def test_impossible_parameters_are_refused_before_a_kernel_starts(tmp_path, wrong, words):
-    code, out, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", wrong)
-    assert code == 2 and words in err and len(err.splitlines()) == 1
+def test_impossible_parameters_are_refused_before_a_kernel_starts(tmp_path, refused, wrong, words):
+    assert words in refused("run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", wrong)
     assert not (tmp_path/"copy.ipynb").exists()
 
 @pytest.mark.parametrize("argv", [[], ["experiments/pretrain.ipynb"],
                                   ["experiments/pretrain.ipynb", "copy.ipynb", "--needs", "run"],
                                   ["a.ipynb", "b.ipynb", "mark", "run"]])
-def test_run_says_how_it_is_used(argv):
+def test_run_says_how_it_is_used(argv, refused):
     "One line, not a traceback, where places are missing or too many."
-    code, out, err = call(sys.executable, "experiments/run.py", *argv, *(["seed=0"] if argv else []))
-    assert code == 2 and out == "" and len(err.splitlines()) == 1 and "usage: run.py NOTEBOOK EXECUTED-COPY" in err
+    assert "usage: run.py NOTEBOOK EXECUTED-COPY" in refused("run.py", *argv, *(["seed=0"] if argv else []))
 
 def test_a_job_without_its_folder_is_refused(tmp_path):
     code, _, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb",
@@ -83,9 +102,8 @@ def test_a_second_reproduction_is_refused():
 @pytest.mark.parametrize("setting, words", [(dict(LEWEL_SCALE="demmo"), "did you mean 'demo'?"),
                                             (dict(LEWEL_SEEDS="0"), "at least 1"),
                                             (dict(LEWEL_SCALE="paper"), "names no data for scale 'paper'")])
-def test_wrong_settings_are_refused(setting, words):
-    code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, **setting)
-    assert code == 2 and words in err and len(err.splitlines()) == 1
+def test_wrong_settings_are_refused(refused, setting, words):
+    assert words in refused("reproduce.py", "--cores", 1, **setting)
 
 def test_a_job_without_its_mark_is_done_again(tmp_path):
     """Even where the tables are there: of a failed job, which is tried again with what depends on it and nothing
@@ -163,27 +181,25 @@ def test_published_results_can_be_added_to(tmp_path):
     assert (jobs["evaluate"], jobs["evaluate_dense"]) == ("6", "6"), err
     assert {"table", "figure", "figure_alignment", "figure_conditions"} <= jobs.keys()
 
-def test_what_keep_would_do(tmp_path):
+def test_what_keep_would_do(tmp_path, script):
     "KEEP=1 DRY_RUN=1 lists what a fourth seed needs; fewer seeds than there are records of are refused, and nothing is touched."
     for name in "settings.ini", "experiments": (tmp_path/name).symlink_to(root/name)
     shutil.copytree(root/"results/demo", tmp_path/"results/demo", ignore=shutil.ignore_patterns("marks", "*.pt"))
     def files(): return {p: p.stat().st_mtime for p in (tmp_path/"results").rglob("*") if p.is_file() and p.name != ".lock"}
     before = files()
     def reproduce(*arguments, **asked):
-        set_so = dict(PYTHONPATH=str(root), PYTHONWARNINGS="ignore", LEWEL_SCALE="demo", LEWEL_KEEP="1")
-        return subprocess.run([sys.executable, "experiments/reproduce.py", "--cores", "1", *arguments], cwd=tmp_path,
-                              capture_output=True, text=True, env=os.environ | set_so | asked)
-    done = reproduce(LEWEL_SEEDS="4", LEWEL_DRY_RUN="1")
-    assert done.returncode == 0 and done.stdout.startswith("Plan of scale demo, 4 seeds: 36 runs"), done.stdout[:300] + done.stderr
-    named = re.findall(r"^\S+?-s(\d)", done.stdout, re.M)
-    assert set(named) == {"3"} and "mocov2-s3:" in done.stdout, named
-    assert re.search(r"as recorded .* minutes for 36 of 36 runs\.", done.stdout, re.I), done.stdout[-500:]     # by those of the other seeds
-    nothing = reproduce(LEWEL_SEEDS="3", LEWEL_DRY_RUN="1")
-    assert nothing.returncode == 0 and nothing.stdout.startswith("Plan of scale demo, 3 seeds: 0 runs"), nothing.stderr
-    paper = reproduce(LEWEL_SCALE="paper", LEWEL_DRY_RUN="1")
-    assert paper.returncode == 0 and "COCO 2017, 20 GB: MISSING" in paper.stdout, paper.stderr
-    blind = reproduce("-np", LEWEL_SEEDS="4")
-    assert blind.returncode == 2 and "KEEP=1 DRY_RUN=1 lists what is left" in blind.stderr, blind.stderr
-    few = reproduce(LEWEL_SEEDS="2", LEWEL_DRY_RUN="0")
-    assert few.returncode == 2 and "would no longer be in the tables: with KEEP=1 ask for as many seeds" in few.stderr, few.stderr
+        return script("reproduce.py", "--cores", 1, *arguments, folder=tmp_path, **dict(LEWEL_SCALE="demo", LEWEL_KEEP="1") | asked)
+    code, out, err = reproduce(LEWEL_SEEDS="4", LEWEL_DRY_RUN="1")
+    assert code == 0 and out.startswith("Plan of scale demo, 4 seeds: 36 runs"), out[:300] + err
+    named = re.findall(r"^\S+?-s(\d)", out, re.M)
+    assert set(named) == {"3"} and "mocov2-s3:" in out, named
+    assert re.search(r"as recorded .* minutes for 36 of 36 runs\.", out, re.I), out[-500:]     # by those of the other seeds
+    code, out, err = reproduce(LEWEL_SEEDS="3", LEWEL_DRY_RUN="1")
+    assert code == 0 and out.startswith("Plan of scale demo, 3 seeds: 0 runs"), err
+    code, out, err = reproduce(LEWEL_SCALE="smoke", LEWEL_DRY_RUN="1")                           # of which there are no records
+    assert code == 0 and out.startswith("Plan of scale smoke") and ": 0 runs" not in out, err
+    code, out, err = reproduce("-np", LEWEL_SEEDS="4")
+    assert code == 2 and "KEEP=1 DRY_RUN=1 lists what is left" in err, err
+    code, out, err = reproduce(LEWEL_SEEDS="2", LEWEL_DRY_RUN="0")
+    assert code == 2 and "would no longer be in the tables: with KEEP=1 ask for as many seeds" in err, err
     assert files() == before
