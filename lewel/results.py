@@ -291,9 +291,10 @@ def compare_with_anchor(
 def judged_on(
     evaluations:list, # records, all on the same images
 )->str: # for a caption
-    "The images that numbers are for."
+    "The images that numbers are for, and the processors that gave them: another rounds otherwise."
     if not evaluations: return "no run has finished"
-    return f"{evaluations[0]['data']['name']} ({evaluations[0]['data']['n']} images)"
+    processors = sorted({h["cpu"] if h["device"] == "cpu" else h["device"] for h in (r["hardware"] for r in evaluations)})
+    return f"{evaluations[0]['data']['name']} ({evaluations[0]['data']['n']} images), on {' and '.join(processors)}"
 
 # %% ../nbs/13_results.ipynb #dfaf5009
 def compare_records(
