@@ -7,8 +7,8 @@ __all__ = ['SCALES', 'METHODS', 'PROTOCOLS', 'UserError', 'check_choice', 'check
            'remove_partial', 'write_failure', 'read_failures', 'warn', 'handling', 'pace']
 
 # %% ../nbs/00_core.ipynb #78ad95f8
-import difflib, json, os, signal, sys, tempfile
-from contextlib import contextmanager
+import difflib, json, os, signal, sys, tempfile, time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #51d55bad
@@ -85,10 +85,12 @@ def atomic_write(
     return path
 
 def remove_partial(
-    folder:Path, # in which nobody else is writing
+    folder:Path, # of files written by `atomic_write`
 ):
-    "Remove what `atomic_write` left if its process was killed."
-    for path in folder.glob(".*.????????.tmp"): path.unlink(missing_ok=True)
+    "Remove what was left where a process was killed while it wrote, an hour ago or longer: nobody is writing that any more."
+    for path in folder.glob(".*.????????.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600: path.unlink()
 
 # %% ../nbs/00_core.ipynb #a84f18b1
 def write_failure(

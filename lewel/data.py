@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PASSING', 'PAUSES', 'EXTENSIONS', 'NOT_READ', 'SPLITS', 'MEMORY_LIMIT', 'ImageSet', 'MemorySet', 'UnreadableImage',
-           'patiently', 'decode_image', 'image_size', 'list_images', 'FolderSet', 'split_folder', 'has_split',
-           'class_names', 'open_folder', 'imagenette_place', 'imagenette_folder', 'open_data', 'label_fraction',
-           'epoch_order', 'Ahead']
+           'DiskFailure', 'patiently', 'decode_image', 'image_size', 'list_images', 'FolderSet', 'split_folder',
+           'has_split', 'class_names', 'open_folder', 'imagenette_place', 'imagenette_folder', 'open_data',
+           'label_fraction', 'epoch_order', 'Ahead']
 
 # %% ../nbs/01_data.ipynb #9286388d
-import copy, errno, hashlib, itertools, os, sys, time
+import copy, errno, hashlib, itertools, os, stat, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -126,7 +126,7 @@ PASSING = {getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOT
 def _opened(path):
     "Open an image for a `with` block; what is wrong with the file is an `UnreadableImage`, what is wrong with the disk an `OSError`."
     try:
-        if not os.path.isfile(path) and os.path.exists(path): raise UnreadableImage("not a regular file")     # a pipe would be waited for
+        if not stat.S_ISREG(os.stat(path).st_mode): raise UnreadableImage("not a regular file")     # a pipe would be waited for
         with Image.open(path) as image: yield image
     except UnidentifiedImageError: raise UnreadableImage("not an image, or not even its header is whole")
     except UnreadableImage: raise
@@ -137,19 +137,25 @@ def _opened(path):
 # %% ../nbs/01_data.ipynb #e522832c
 PAUSES = 0.1, 1, 5, 15, 40 # seconds
 
+class DiskFailure(UserError):
+    "Not the file is at fault, but what it is on."
+
 def patiently(
     read, # called with the path
     path, # what to read
 ): # what `read` returns
-    "Read something from a disk that may fail for a while; raises `UserError` if it goes on failing."
+    "Read something from a disk that may fail for a while; raises `DiskFailure` if it goes on failing."
     for pause in (*PAUSES, None):
         try: return read(path)
         except OSError as e:
             if e.errno not in PASSING: raise
-            if pause is None:
-                raise UserError(f"{path} cannot be read ({e.strerror}), nor could it be a minute ago: when the disk is well again, the "
-                                "same command goes on; if it is this file alone, remove it") from e
+            if pause is None: break
+            failure = e
         time.sleep(pause)
+    if failure.errno == errno.EIO:
+        with suppress(OSError): os.listdir(Path(path).parent); raise UnreadableImage("Input/output error of this file, for a minute")
+    raise DiskFailure(f"{path} cannot be read ({failure.strerror}), nor could it be a minute ago: when the disk is well again, the "
+                      "same command goes on") from failure
 
 # %% ../nbs/01_data.ipynb #bbd7db8c
 def _to_rgb(image):
@@ -294,10 +300,11 @@ def fingerprint(
     "SHA-256 over the paths and the sizes of the files, which is quick also where reading every byte is not."
     def size(path):
         try: return patiently(os.path.getsize, self.root/path)
-        except OSError: return -1             # a link to nothing: skipped when it is read
-    with ThreadPoolExecutor(16) as pool:      # a network disk takes its time for each of a million files
-        lines = [f"{path}\t{bytes}\n" for path, bytes in zip(self.paths, pool.map(size, self.paths))]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+        except (OSError, UnreadableImage): return -1             # a link to nothing: skipped when it is read
+    def lines(first): return "".join(f"{path}\t{size(path)}\n" for path in self.paths[first:first + 1000])
+    with ThreadPoolExecutor(16) as pool:                         # a network disk takes its time for each of a million files
+        listing = "".join(pool.map(lines, range(0, len(self), 1000)))
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #bc29a225
 def _counted(iterable, total, what):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['create_optimizer', 'Optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Precision', 'Curve',
-           'steps_between_rows', 'monitor_sets', 'Monitor', 'Checkpoints', 'Snapshots', 'WandbRun', 'Bars',
-           'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
+           'steps_between_rows', 'monitor_sets', 'Monitor', 'machine_of', 'Checkpoints', 'Snapshots', 'WandbRun',
+           'Bars', 'check_positions', 'open_pair', 'finished', 'pretrain_record', 'prepare_method', 'make_loader',
            'check_space', 'describe', 'train', 'compile_networks', 'open_shared', 'pretrain', 'StopAt']
 
 # %% ../nbs/17_pretrain.ipynb #51c69077
@@ -27,7 +27,7 @@ from torch import nn
 from .backbones import frozen, own_name
 from .core import UserError, atomic_write, check_path, pace, warn
 from .checkpoint import check_same_run, load_checkpoint, restore, save_checkpoint
-from .data import ImageSet, has_split, open_data
+from .data import DiskFailure, ImageSet, has_split, open_data
 from .diagnostics import MIN_RANK, diagnose, measure
 from .evaluate.knn import extract_features, knn_accuracy
 from .interop import commit_words, start_from
@@ -204,6 +204,8 @@ class Curve(Callback):
         if self.learn.step % self.every == 0 or self.learn.step % len(self.loader) == 0: self.flush()
         elif self.learn.step < self.total_steps: self.show()
 
+    def after_cancel_epoch(self): self.flush()          # by a callback that cuts an epoch short
+
 # %% ../nbs/17_pretrain.ipynb #d751649a
 @patch
 def settle(self:Curve)->torch.Tensor: # steps x 3, on the CPU; None: no steps
@@ -298,6 +300,7 @@ class Monitor(Callback):
         if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         if world()[0] or not self.curve.rows: return
         try: (m, ml), (q, ql) = (extract_features(self.model.backbone, s, self.recipe.size, self.dls.device) for s in self.sets[:2])
+        except DiskFailure: raise
         except UserError as e:                  # none of a part's images can be read
             if any(getattr(s, "strict", False) for s in self.sets[:2]): raise
             return warn(f"no kNN monitor after epoch {self.epoch + 1}: {e}")
@@ -313,6 +316,12 @@ class Monitor(Callback):
         elif self.curve.lines: print(line, flush=True)
 
 # %% ../nbs/17_pretrain.ipynb #d0317d33
+def machine_of(
+    device, # of the run
+)->dict: # versions, hardware
+    "What a checkpoint says of the machine that wrote it."
+    return {k: v for k, v in environment(device).items() if k in ("versions", "hardware")}
+
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -330,10 +339,7 @@ class Checkpoints(Callback):
         self.git, self.earlier_git, self.earlier_processes, self.earlier_machines = code_state(), [], [], []
         self.machine, self.earlier_peak, self.best, self.whole = None, 0., -1., 0
 
-    def before_fit(self):
-        self.machine = {k: v for k, v in environment(self.dls.device).items() if k in ("versions", "hardware")}
-        before = self.earlier_machines
-        self.earlier_machines = [m for i, m in enumerate(before) if m and m not in (self.machine, *before[:i])]
+    def before_fit(self): self.machine = machine_of(self.dls.device)
 
     @property
     def peak(self): return max(self.earlier_peak, peak_memory_mb(self.dls.device))
@@ -402,7 +408,8 @@ def load(self:Checkpoints,
         torch.cuda.set_rng_state(state["rng"]["cuda"][0])      # the first process's device
     before = state.get("processes", world()[1])
     self.earlier_processes = state.get("earlier_processes", []) + [before]*(before != world()[1])
-    self.earlier_machines = [*state.get("earlier_machines", []), state.get("machine")]
+    machines = [machine_of(learn.dls.device), *state.get("earlier_machines", []), state.get("machine")]
+    self.earlier_machines = [m for i, m in enumerate(machines) if m and m not in machines[:i]][1:]
     self.earlier_peak = state.get("peak_memory_mb", 0.)
     if before != world()[1] and world()[0] == 0:
         warn(f"{self.out/'last.pt'} was made by {before} process{'es'*(before > 1)}, and goes on in {world()[1]}: "

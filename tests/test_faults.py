@@ -6,6 +6,7 @@ from conftest import draw, options
 from fastai.callback.core import Callback
 from lewel.cli import pretrain_command
 from lewel.checkpoint import load_checkpoint
+from lewel.core import atomic_write
 from lewel.pretrain import StopAt
 from lewel.results import read_curve, read_record
 from test_commands import refused, weights
@@ -455,12 +456,12 @@ def slurm_job(tmp_path):
     yield job
     (tmp_path/"fail").touch(); job.wait(60)
 
-@pytest.mark.parametrize("ends", ["the time is up", "finished just then", "a failure"])
+@pytest.mark.parametrize("ends", ["the time is up", "finished just then", "a failure", "refused beside a record"])
 def test_slurm_job_is_queued_again_only_after_a_stop(ends, slurm_job, tmp_path):
     """At its signal the script passes SIGTERM on, waits for srun, and asks for another turn;
-    not of a run that is complete, nor after a failure."""
-    if ends == "finished just then": (tmp_path/"runs/lewel_b").mkdir(parents=True); (tmp_path/"runs/lewel_b/record.json").touch()
-    if ends == "a failure": (tmp_path/"fail").touch()
+    not of a run that is complete, nor after a failure. Its exit code is srun's, unless the run has just been completed."""
+    if ends in ("finished just then", "refused beside a record"): atomic_write(tmp_path/"runs/lewel_b/record.json", "{}")
+    if ends in ("a failure", "refused beside a record"): (tmp_path/"fail").touch()
     else: slurm_job.send_signal(signal.SIGUSR1)
     assert slurm_job.wait(60) == (0 if ends == "finished just then" else 1)        # srun's own, unless the run is complete
     assert (tmp_path/"srun.asked").read_text().startswith("64 torchrun --nnodes 2 ")
