@@ -689,7 +689,8 @@ def verify(
         again = Path(folder)/results.name
         shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.pt", "*.html", "marks", "tables", "notebooks", ".lock"))
         for picture in (again/"figures").glob("*.png"): picture.unlink()
-        if (aside := published_copy(results)).exists(): published_copy(again).symlink_to(aside.resolve())
+        for beside in results.resolve().parent.iterdir():         # other scales, and what came with the repository
+            if beside.name != results.name: (Path(folder)/beside.name).symlink_to(beside)
         for name in (f"{n}.ipynb" for n in PAGE_ORDER if (results/"notebooks"/f"{n}.ipynb").exists()):
             asked = nbformat.read(results/"notebooks"/name, 4).metadata.papermill.parameters
             try: run_notebook(Path(notebooks)/name, again/"notebooks"/name, **dict(asked) | dict(results=str(again)))

@@ -54,6 +54,7 @@ def test_published_log_follows_from_the_recipe():
 
 # --- dry runs
 
+@pytest.mark.slow
 def test_dry_run_of_pretraining_at_full_size(run, tmp_path, monkeypatch):
     "The paper's network, batch and schedule, without data or output folder, and nothing is written."
     monkeypatch.chdir(tmp_path)

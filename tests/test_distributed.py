@@ -187,6 +187,7 @@ def test_only_the_first_process_writes(two):
     assert read_curve(out).knn_top1.notna().sum() == 1 and not (two/"wrong").exists()
     assert [p.name for p in (two/"held").iterdir()] == [".lock"]                                    # its holder's, still there
 
+@pytest.mark.slow
 def test_two_nodes(two):
     """Two launchers with one process each, which find each other by torchrun's rendezvous as on two machines:
     the weights of one launcher with two processes."""

@@ -39,6 +39,7 @@ def refused(script):
         return err
     return run
 
+@pytest.mark.slow
 def test_ablation_job(tmp_path):
     "One factor, from its notebook to records that name their pretraining, and a mark."
     out = tmp_path/"ablations"/"lewel_m-target-s0"
@@ -77,7 +78,7 @@ def test_arguments_that_run_nothing():
     assert all(map(asking, "-n -np -pn --dry-run --dryrun --dag --rulegraph --summary -S -l --list-rules --lint --report -h".split()))
     assert not any(map(asking, "-p -k -j4 --cores --keep-going --printshellcmds --profile --report-after-run --nolock".split()))
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_job_that_is_asked_to_stop_saves(number, tmp_path):
     "In the middle of its training: the step at hand is finished and saved, one line, no mark, no failure."
     out = tmp_path/"runs"/"byol-s0"
