@@ -22,7 +22,7 @@ CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # how many jobs with a GPU run at a time: as many as this machine has; where SNAKEMAKE names a profile or an executor, the cluster's machines count, not this one
 GPUS   ?= $(if $(filter --profile% --executor% -e,$(SNAKEMAKE)),,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU))
 
-.PHONY: reproduce test verify bench readme clean
+.PHONY: reproduce test pretended verify bench readme clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(recent)' || { echo "error: the experiments need Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version): install one, and name it with make PYTHON=..." >&2; exit 2; }
@@ -45,8 +45,10 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	@$(MAKE) --no-print-directory reproduce SCALE=smoke SEEDS=1 ABLATION_SEEDS=0
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
-	OMP_NUM_THREADS=1 PYTHONPATH=tests pytest -q -n 2 -p pretend_gpu -k "not resumes" tests/test_cuda.py   # what a GPU would do, without one
-	@$(MAKE) --no-print-directory verify
+	@$(MAKE) --no-print-directory -j2 pretended verify
+
+pretended: $(VENV)/installed                                                                      # what a GPU would do, without one
+	OMP_NUM_THREADS=1 PYTHONPATH=tests pytest -q -p pretend_gpu -k "not resumes" tests/test_cuda.py
 
 verify: $(VENV)/installed
 	PYTHONWARNINGS=ignore python experiments/verify.py
