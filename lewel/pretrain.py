@@ -642,6 +642,14 @@ def open_shared(
         with first_alone(): images, val = open_pair(data, size, strict)
         return images, val, shared_fingerprint(images, everyone=images is data)
 
+# %% ../nbs/17_pretrain.ipynb #22f46e7e
+def _check_kinds(recipe, cbs):
+    "Raises `UserError` if that is no recipe, or a callback does what ours do."
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"recipe={recipe!r}: give a recipe, such as lewel.paper.get_recipe('lewel_b', 'imagenette')")
+    if any(isinstance(cb, MixedPrecision) for cb in cbs):
+        raise UserError("the callback MixedPrecision does not fit here: give the recipe precision='bfloat16' or 'float16' instead")
+
 # %% ../nbs/17_pretrain.ipynb #42d4b755
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
@@ -665,11 +673,8 @@ def pretrain(
     """Pretrain a method on images, in all processes of torchrun if it was started by it.
     Raises `UserError` for bad input, `Stopped` on SIGTERM, `NonFiniteLoss`."""
     out, device, progress, cbs = check_path("the output folder", out), local_device(device), pick_progress(progress), L(cbs)
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"recipe={recipe!r}: give a recipe, such as lewel.paper.get_recipe('lewel_b', 'imagenette')")
     if start is not None: start = check_path("the file to start from", start)
-    if any(isinstance(cb, MixedPrecision) for cb in cbs):
-        raise UserError("the callback MixedPrecision does not fit here: give the recipe precision='bfloat16' or 'float16' instead")
+    _check_kinds(recipe, cbs)
     check_least(workers=(workers, 0), log_every=(1 if log_every is None else log_every, 1), save_every=(save_every or 0, 0),
                 monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
     if device.type == "cpu": keep_freed_memory()
@@ -691,12 +696,11 @@ def pretrain(
         sets = monitor_sets(images, val) if monitor_every else None
         precision, curve = (Precision(recipe.precision, device),
                             Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines"))
-        asked_for = [*([Monitor(sets, monitor_every)] if sets else []),
-                     *([Snapshots(out, recipe.epochs, snapshots)] if snapshots and first else []),
-                     *([Bars()] if progress == "bars" else [])]
+        if sets: cbs = [Monitor(sets, monitor_every), *cbs]
+        if snapshots and first: cbs = [Snapshots(out, recipe.epochs, snapshots), *cbs]
+        if progress == "bars": cbs = [Bars(), *cbs]
         with held_output(out), noting_signals() as signals:
-            callbacks = [Steps(), precision, curve,
-                         Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *asked_for, *cbs]
+            callbacks = [Steps(), precision, curve, Checkpoints(out, fingerprint, builds_on, signals, precision, save_every), *cbs]
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device, callbacks, accumulate)
             check_space(out, method)
             train(learn, progress)

@@ -358,6 +358,19 @@ def set_aside(
     advice = "" if earlier == identity else "; give each evaluation its own --out to have both in tables"
     warn(f"another evaluation was in {out}: its record is now {kept}{advice}")
 
+# %% ../../nbs/27_evaluate_run.ipynb #4cec3e25
+def _named(names):
+    "A list of protocols, also from one text with commas. Raises `UserError` if it is empty."
+    names = [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
+    if not names: raise UserError(f"no protocol is named: choose from {', '.join(protocols)}")
+    return names
+
+def _check_kinds(data, options):
+    "Raises `UserError` if data is neither a folder nor a pair of sets, or options are no dict."
+    if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, Path))):
+        raise UserError(f"data is {data!r:.100}: give a folder, 'scenes', or a pair of sets (train, test)")
+    if not isinstance(options, dict): raise UserError(f"options={options!r} must be a dict, e.g. dict(lr=0.04)")
+
 # %% ../../nbs/27_evaluate_run.ipynb #8d548bea
 def evaluate(
     start, # folder of a finished run, a checkpoint, a weight file (see `load_backbone`), or "random"
@@ -377,13 +390,9 @@ def evaluate(
     """Evaluate a backbone by one or more protocols and write a record; called again, it goes on where it was interrupted.
     Raises `UserError`, and `Stopped` on SIGTERM."""
     code_state()      # the record names the code as it is now
-    names = [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
-    if isinstance(data, list): data = tuple(data)
-    if not isinstance(data, (str, Path)) and not (isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], (str, Path))):
-        raise UserError(f"data is {data!r:.100}: give a folder, 'scenes', or a pair of sets (train, test)")
-    if not names: raise UserError(f"no protocol is named: choose from {', '.join(protocols)}")
+    names, data = _named(names), tuple(data) if isinstance(data, list) else data
+    _check_kinds(data, options)
     check_least(workers=(workers, 0), seed=(seed, 0), size=(8 if size is None else size, 8))
-    if not isinstance(options, dict): raise UserError(f"options={options!r} must be a dict, e.g. dict(lr=0.04)")
     def set_up(chosen): return options_of(names, chosen, options)
     set_up(preset or "imagenette")      # a mistake is told before anything is read
     (start, out), device = check_places(start, out), pick_device(device)
