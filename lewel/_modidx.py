@@ -659,6 +659,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lewel.paper.condition_folder': ('paper.html#condition_folder', 'lewel/paper.py'),
                              'lewel.paper.condition_recipe': ('paper.html#condition_recipe', 'lewel/paper.py'),
                              'lewel.paper.condition_runs': ('paper.html#condition_runs', 'lewel/paper.py'),
+                             'lewel.paper.departures': ('paper.html#departures', 'lewel/paper.py'),
                              'lewel.paper.get_recipe': ('paper.html#get_recipe', 'lewel/paper.py'),
                              'lewel.paper.paper_value': ('paper.html#paper_value', 'lewel/paper.py'),
                              'lewel.paper.recipe_name': ('paper.html#recipe_name', 'lewel/paper.py'),

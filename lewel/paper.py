@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_recipes', 'recipes', 'PAIRS', 'conditions', 'published', 'published_gains', 'imagenette_anchor', 'Recipe',
-           'views_of', 'check_recipe', 'get_recipe', 'recipe_name', 'ablation_factors', 'ablation_runs',
+           'views_of', 'check_recipe', 'get_recipe', 'departures', 'recipe_name', 'ablation_factors', 'ablation_runs',
            'condition_folder', 'condition_recipe', 'condition_runs', 'paper_value']
 
 # %% ../nbs/12_paper.ipynb #61af0b9e
@@ -133,6 +133,19 @@ def get_recipe(
     at_scale = recipes[check_choice("scale", scale, recipes)]
     if method in paper_recipes and method not in at_scale: raise UserError(f"method {method!r} is at scale 'paper' only")
     return at_scale[check_choice("method", method, at_scale)].changed(**changes)
+
+# %% ../nbs/12_paper.ipynb #7320d8b8
+def departures(
+    method:str, # a method's name
+    scale:str, # see `get_recipe`
+)->pd.DataFrame: # setting (index), paper, the scale
+    "The settings in which a scale's recipe departs from the paper's. Raises `UserError` for an unknown name."
+    here, paper = get_recipe(method, scale), get_recipe(method, "paper")
+    def settings(r):
+        views = {k: getattr(views_of(r)[0], k) for k in here.view_options}
+        return vars(r) | method_defaults[method] | r.options | views
+    values = pd.DataFrame({"paper": settings(paper), scale: settings(here)}).drop(index=["options", "view_options"])
+    return values[[a != b for a, b in values.values]]
 
 # %% ../nbs/12_paper.ipynb #5e909e68
 def recipe_name(

@@ -216,7 +216,7 @@ TABLES = dict( # name -> metric in the records -> label
     linear=dict(knn_top1="kNN top-1", knn20_top1="kNN-20 top-1", linear_top1="linear top-1", linear_top5="linear top-5"),
     semi=dict(semi1_top1="1% top-1", semi1_top5="1% top-5", semi10_top1="10% top-1", semi10_top5="10% top-5"),
     segmentation=dict(miou="mIoU"),
-    detection=dict(box_ap="AP", box_ap50="AP50", box_ap75="AP75", voc07_ap50="VOC07 AP50"),
+    detection=dict(voc07_ap="AP", voc07_ap50="AP50", voc07_ap75="AP75", box_ap="COCO AP"),       # VOC's, as the papers report it
     instance={f"{form}_{part}_{m}": f"{label}{part} {m.upper()}"
               for form, label in dict(instance="", instance_2x="2x ", instance_c4="C4 ").items()
               for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
@@ -224,7 +224,7 @@ TABLES = dict( # name -> metric in the records -> label
 PAPER = dict( # table -> metric in the records -> (task, metric) of the published number, see `lewel.paper.published`
     linear=dict(linear_top1=("ImageNet linear", "top1")),
     semi=dict(semi1_top1=("ImageNet 1% labels", "top1"), semi10_top1=("ImageNet 10% labels", "top1")),
-    detection={f"box_{m}": ("VOC detection", m) for m in ("ap", "ap50", "ap75")},
+    detection={f"voc07_{m}": ("VOC detection", m) for m in ("ap", "ap50", "ap75")},
     instance={f"{form}_{part}_{m}": (task, f"{part}_{m}")
               for form, task in dict(instance="COCO FPN 1x", instance_2x="COCO FPN 2x", instance_c4="COCO C4 1x").items()
               for part in ("box", "mask") for m in ("ap", "ap50", "ap75")})
@@ -349,7 +349,7 @@ def _verdict(low, high):
     "What an interval says."
     if math.isnan(low): return "one seed says nothing about spread"
     if high - low < 1e-9: return "the same in every seed, which leaves no spread to judge by"
-    return "better" if low > 0 else "worse" if high < 0 else "no difference beyond the spread of seeds"
+    return "better" if low > 0 else "worse" if high < 0 else "zero is in the interval"
 
 def conclude(
     gains:pd.DataFrame, # from `gain_table`
