@@ -54,6 +54,8 @@ def main():
         elif put_aside(results):
             print(f"the results that came with the repository are now in {published}; all is computed again "
                   f"(to have them back: rm -r {results} && mv {published} {results})")
+        if without := [task for task in ("segmentation", "detection", "instance") if settings.scale not in getattr(settings, task)]:
+            print(f"left out: {', '.join(without)}; settings.ini names no data for them at scale {settings.scale}", file=sys.stderr)
         for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
         code = snakemake(lock, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
                          "--quiet", "rules", "progress", "host", *arguments)

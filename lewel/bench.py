@@ -199,7 +199,7 @@ def backbone_passes(
 def mlp_products(
     rows:int, # tokens
     cin:int, # width of a token
-    hidden_dim:int, # H
+    hidden_dim:int, # D
     dim:int, # d
 )->list: # of (number of products, rows, inner, columns)
     "The two matrix products of a `Head`."
@@ -211,25 +211,25 @@ def aligned_products(
     channels:int, # C
     aligned:int, # K
     groups:int, # h
-    hidden_dim:int, # H
+    hidden_dim:int, # D
 )->list: # as `mlp_products`
     "The aggregation and the first layer of p, in the order that `project_first` says."
-    B, N, C, K, h, H = batch_size, positions, channels, aligned, groups, hidden_dim
-    if project_first(N, C, K, h, H): return [(h, B*N, C//h, H), (B, K, h*N, H)]
-    return [(B*h, K, N, C//h), (1, B*K, C, H)]
+    B, N, C, K, h, D = batch_size, positions, channels, aligned, groups, hidden_dim
+    if project_first(N, C, K, h, D): return [(h, B*N, C//h, D), (B, K, h*N, D)]
+    return [(B*h, K, N, C//h), (1, B*K, C, D)]
 
 def head_products(
     batch_size:int, # B
     positions:int, # N
     channels:int, # C
-    hidden_dim:int, # H
+    hidden_dim:int, # D
     dim:int, # d
     groups:int, # h
 )->tuple: # (head's, predictors'), as `mlp_products`
     "The matrix products in LEWEL_B's heads for one view."
-    B, N, C, H, d, K = batch_size, positions, channels, hidden_dim, dim, dim//groups
-    head = mlp_products(B*(1 + N), C, H, d) + aligned_products(B, N, C, K, groups, H) + [(1, B*K, H, d)]
-    return head, mlp_products(B, d, H, d) + mlp_products(B*K, d, H, d)
+    B, N, C, D, d, K = batch_size, positions, channels, hidden_dim, dim, dim//groups
+    head = mlp_products(B*(1 + N), C, D, d) + aligned_products(B, N, C, K, groups, D) + [(1, B*K, D, d)]
+    return head, mlp_products(B, d, D, d) + mlp_products(B*K, d, D, d)
 
 # %% ../nbs/30_bench.ipynb #98369e47
 class Product:

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from .core import UserError, check_choice, warn
-from .data import EXTENSIONS, UnreadableImage, decode_image, image_size
+from .data import EXTENSIONS, UnreadableImage, as_indices, decode_image, image_size
 from .masks import read_lines
 
 # %% ../nbs/23_boxes.ipynb #12c62a95
@@ -92,7 +92,7 @@ def subset(self:BoxSet,
     indices, # which images, in this order: ints, as a list, array or tensor
 )->BoxSet: # this one stays as it is
     "The set reduced to `indices`."
-    out, indices = copy.copy(self), torch.as_tensor(indices, dtype=torch.long).tolist()
+    out, indices = copy.copy(self), as_indices(indices, len(self), self.name).tolist()
     out.images = self.images[indices] if torch.is_tensor(self.images) else [self.images[i] for i in indices]
     out.objects = [self.objects[i] for i in indices]
     return out

@@ -10,6 +10,7 @@ __all__ = ['Help', 'Parser', 'first_process', 'first_on_node', 'run_command', 'a
 
 # %% ../nbs/31_cli.ipynb #d0e56f0b
 import argparse, errno, os, sys, time
+import torch
 from dataclasses import fields
 from pathlib import Path
 from fastcore.docments import docments
@@ -54,8 +55,7 @@ def run_command(
         code, message = 1, (
             f"{e}"
             f"{': free some space, then give the same command; what was saved before is kept' if e.errno == errno.ENOSPC else ''}")
-    except Exception as e:
-        if type(e).__name__ != "OutOfMemoryError": raise         # torch's, which is not imported here
+    except torch.OutOfMemoryError as e:
         code, message = 1, (f"the GPU's memory is too small ({str(e).splitlines()[0]}): use a smaller batch, or "
                             "--accumulate where the command has it")
     if code == 2 and not first_on_node():
@@ -157,7 +157,7 @@ def pretrain_parser()->Parser:
     p.add_argument("--log-every", type=int, default=None,
         help="steps between rows of curve.csv; by default 10, or so many that there are about 10,000 rows at most")
     p.add_argument("--save-every", type=int, default=None,
-        help="steps between checkpoints, beside those at the end of an epoch and every five minutes")
+        help="steps between checkpoints, beside those at the end of epochs and every five minutes")
     p.add_argument("--monitor-every", type=int, default=1, help="epochs between kNN monitors where there are labels; 0: never")
     p.add_argument("--snapshots", type=int, default=0,
         help="at how many moments, from the beginning to the end, the weights are kept, to see later how the maps came about")
@@ -280,6 +280,7 @@ def evaluate_command(argv=None):
         check_given(a, ("start", "data"))
         if a.dry_run and a.option: raise UserError("--option is not for --dry-run, which counts the presets as they are")
         if a.dry_run: return print(dry_evaluate(a))
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1: raise UserError("an evaluation has one process: start it without torchrun")
         time_budget(a.max_minutes)
         record = evaluate(a.start, a.data, a.out, listed(a.protocol), a.preset, a.backbone, a.size, a.seed, a.device, a.strict,
                           workers=a.workers, options=dict(parse_option(o) for o in a.option))

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, zip_longest
 from pathlib import Path
-from .core import (METHODS, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, handling, read_failures, warn,
-                        write_failure)
+from .core import (METHODS, OUT_OF_TIME, PROTOCOLS, SCALES, UserError, atomic_write, check_choice, handling, read_failures,
+                        warn, write_failure)
 
 # %% ../nbs/32_experiments.ipynb #6db4f01a
 def check_device(
@@ -249,7 +249,7 @@ def run_job(
         except UserError: raise
         except (Exception, KeyboardInterrupt) as e:
             name, text = named_error(e)
-            if came or name in ("Stopped", "KeyboardInterrupt") and "time budget" not in text:
+            if came or name in ("Stopped", "KeyboardInterrupt") and OUT_OF_TIME not in text:
                 print(f"{out}: {text if name == 'Stopped' else 'stopped; what was saved is kept'}", file=sys.stderr)
                 raise SystemExit(128 + (came or [signal.SIGINT])[0]) from None
             reason = failure_reason(name, text)

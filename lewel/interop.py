@@ -8,7 +8,7 @@ __all__ = ['head_parts', 'official_parts', 'numpy_numbers', 'detectron2_parts', 
            'optional', 'read_safetensors', 'read_tensors', 'weights_fingerprint', 'fill_backbone', 'load_backbone',
            'run_backbone', 'check_backbone', 'epochs_done', 'supervised_backbone', 'start_from', 'detectron2_name',
            'torch_file', 'detectron2_file', 'safetensors_file', 'fits_torchvision', 'check_place', 'check_kept',
-           'unwrapped', 'export_backbone', 'bullets', 'commit_words', 'judges', 'model_card', 'checkpoint_card']
+           'unwrapped', 'export_backbone', 'bullets', 'commit_words', 'model_card', 'checkpoint_card']
 
 # %% ../nbs/10_interop.ipynb #e85f9092
 import errno, hashlib, importlib, os, pickle, tempfile, warnings
@@ -384,16 +384,6 @@ def commit_words(
     return f"commit {git['commit']}{', with changes that were not committed' if git['dirty'] else ''}"
 
 # %% ../nbs/10_interop.ipynb #7f8998db
-def judges(
-    evaluation:dict, # a record
-    weights:str, # fingerprint of a backbone
-    run, # where it comes from: the folder of a run, or else
-)->bool: # by the fingerprint, or, of a record that has none, by being younger than the run's
-    "Whether an evaluation is of these weights, and not of those of a run of the same id that was there before."
-    from lewel.results import read_record
-    if "weights" in evaluation: return evaluation["weights"] == weights
-    return not (Path(run)/"record.json").is_file() or evaluation["created"] >= read_record(run)["created"]
-
 def model_card(
     run, # folder of a finished run
     file:str, # name of the weight file
@@ -405,7 +395,7 @@ def model_card(
     data, hardware, labels = r["data"], r["hardware"], "" if r["method"] == "supervised" else " without labels"
     folders = Path(run), Path(run).resolve().parent.parent/"evaluations"          # where `make reproduce` puts them
     judged = [e for folder in folders for e in read_records(folder)
-              if e["kind"] == "evaluation" and r["id"] in e["builds_on"] and judges(e, weights, run)]
+              if e["kind"] == "evaluation" and r["id"] in e["builds_on"] and e.get("weights") == weights]
     lines = [f"# {file}",
              f"The backbone of run `{r['id']}`, for {format}: {r['recipe']['backbone']}, "
              f"pretrained with {r['method']}{labels}.",

@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from .core import UserError, check_choice
-from .data import FolderSet, ImageSet, MemorySet, UnreadableImage, _counted, image_size, list_images
+from .data import FolderSet, ImageSet, MemorySet, UnreadableImage, _counted, as_indices, image_size, list_images
 
 # %% ../nbs/21_masks.ipynb #d67c3441
 IGNORE = 255 # in masks: this pixel does not count
@@ -94,7 +94,8 @@ def subset(self:MaskSet,
     indices, # which pairs, in this order
 )->MaskSet:
     "The set reduced to `indices`."
-    masks = self.masks[torch.as_tensor(indices, dtype=torch.long)] if torch.is_tensor(self.masks) else [self.masks[i] for i in indices]
+    indices = as_indices(indices, len(self), self.images.name)
+    masks = self.masks[indices] if torch.is_tensor(self.masks) else [self.masks[i] for i in indices.tolist()]
     return MaskSet(self.images.subset(indices), masks, self.classes, self.table)
 
 @patch

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fastprogress.core import IN_NOTEBOOK
-from .core import UserError, check_choice, handling, remove_partial, warn
+from .core import OUT_OF_TIME, UserError, check_choice, handling, remove_partial, warn
 from .data import ImageSet
 from .target import world
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
         signum:int, # the signal
         path, # what was saved
     ):
-        by = "the end of its time budget" if signum == signal.SIGALRM else signal.Signals(signum).name
+        by = OUT_OF_TIME if signum == signal.SIGALRM else signal.Signals(signum).name
         super().__init__(f"stopped by {by}; saved {path}: the same command goes on from there")
         self.exit_code = 128 + signum
 

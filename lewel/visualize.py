@@ -138,7 +138,8 @@ def overlay(
     ax.set_xlabel(f"{low*weights.numel():.2f}–{high*weights.numel():.2f}", fontsize=5.5, labelpad=1.5)
 
 # %% ../nbs/28_visualize.ipynb #3bea7faf
-NOTE = "Color: each map from its own minimum to its own maximum.\nNumbers: these two, relative to a uniform map (1.00)."
+NOTE = ("Colors are stretched for each map: dark is its minimum, bright its maximum.\n"
+        "Numbers: these two, in multiples of a uniform map's weight.")
 
 @torch.no_grad()
 def maps_of(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['protocols', 'MAY_BE_0', 'POSITIVE', 'AT_MOST_1', 'TWO', 'RANGES', 'pair_of', 'evaluation_sets', 'mask_sets',
-           'box_sets', 'Given', 'Protocol', 'check_setting', 'protocol_settings', 'options_of', 'usual_preset',
+           'box_sets', 'Protocol', 'call', 'check_setting', 'protocol_settings', 'options_of', 'usual_preset',
            'Partial', 'stopping_at_once', 'describe', 'checkpoint_facts', 'run_protocols', 'check_places',
-           'check_finite', 'set_aside', 'evaluate']
+           'check_finite', 'set_aside', 'opened_sets', 'protocol_keys', 'kept_record', 'write_evaluation', 'evaluate']
 
 # %% ../../nbs/27_evaluate_run.ipynb #1423004d
-import hashlib, itertools, json, signal, threading, time
+import hashlib, inspect, itertools, json, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .knn import KNN, evaluate_knn, layout
 from .linear import LINEAR, check_cache, evaluate_linear
 from .segmentation import SEGMENTATION, check_segmentation, evaluate_segmentation
 from .semi import SEMI, evaluate_semi, labelled_part, recorded, with_lists
-from ..interop import judges, load_backbone, weights_fingerprint
+from ..interop import load_backbone, weights_fingerprint
 from ..masks import MaskSet, open_masks
 from ..methods import check_kind
 from ..paper import recipes
@@ -52,7 +52,7 @@ def evaluation_sets(
     if isinstance(data, tuple): train, test = pair_of(ImageSet, data)
     else:
         known = str(data) in ("scenes", "imagenette")
-        if not known and Path(data).is_dir() and not has_split(data, "val"):
+        if not known and Path(data).expanduser().is_dir() and not has_split(data, "val"):
             raise UserError(f"{data} has no validation split: an evaluation needs {Path(data)/'train'} and "
                             f"{Path(data)/'val'}, each with class folders")
         train = open_data(data, "train", size, strict)
@@ -88,46 +88,31 @@ def box_sets(
     return tuple(open_boxes(data, split, size) for split in ("train", "test"))
 
 # %% ../../nbs/27_evaluate_run.ipynb #0e32b8ef
-class Given(NamedTuple):
-    "What a protocol may need beside backbone, images and settings."
-    size:int # pixels the backbone is shown
-    seed:int # of whatever is drawn
-    device:torch.device # to work on
-    title:str # begins the lines of progress
-    state_file:Path # to resume from
-    picture:Path # to draw predictions into
-    workers:int # processes or threads that decode files
-
 class Protocol(NamedTuple):
     "A protocol, for `evaluate`."
     sets:Callable # (data, size, strict) -> (train, test)
     presets:dict # "smoke", "demo", "imagenette", "paper" -> settings, a dataclass
-    run:Callable # (backbone, train, test, settings, Given) -> dict of metrics
-    check:Callable=lambda *args: None # with the same arguments; raises `UserError`
+    run:Callable # (backbone, train, test, protocol=settings, ...) -> dict of metrics, see `call`
+    check:Callable=lambda backbone, train, test: None # likewise; raises `UserError`
+    prefix:str="" # of the metrics' names
 
-def _instance(name, presets):
-    return Protocol(box_sets, presets, lambda b, train, test, p, given: {
-        f"{name}_{k}": v for k, v in evaluate_instance(b, train, test, p, *given[1:]).items()},
-        lambda b, train, test, p, given: check_instance(b, train, test, p))
+def call(
+    f, # function of a protocol
+    *sets, # backbone, train, test
+    **given, # protocol (its settings), size, seed, device, title, state_file, picture, workers
+):
+    "Call a function with what is given, as far as it has parameters for it."
+    return f(*sets, **{k: v for k, v in given.items() if k in inspect.signature(f).parameters})
 
 protocols = dict(
-    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR},
-                 lambda b, train, test, p, given: evaluate_knn(b, train, test, given.size, p, given.device,
-                                                               workers=given.workers, title=given.title)),
-    linear=Protocol(evaluation_sets, LINEAR,
-                    lambda b, train, test, p, given: evaluate_linear(b, train, test, p, *given[:5],
-                                                                     workers=given.workers),
-                    lambda b, train, test, p, given: check_cache(b, train, p, given.size)),
-    semi=Protocol(evaluation_sets, SEMI,
-                  lambda b, train, test, p, given: evaluate_semi(b, train, test, p, *given[:5], workers=given.workers),
-                  lambda b, train, test, p, given: [labelled_part(train, part, given.seed) for part in p.parts]),
-    segmentation=Protocol(mask_sets, SEGMENTATION,
-                          lambda b, train, test, p, given: evaluate_segmentation(b, train, test, p, *given[1:]),
-                          lambda b, train, test, p, given: check_segmentation(b, train, test, p)),
-    detection=Protocol(box_sets, DETECTION,
-                       lambda b, train, test, p, given: evaluate_detection(b, train, test, p, *given[1:]),
-                       lambda b, train, test, p, given: check_detection(b, train, test, p)),
-    **{name: _instance(name, presets)
+    knn=Protocol(evaluation_sets, {scale: KNN() for scale in LINEAR}, evaluate_knn),
+    linear=Protocol(evaluation_sets, LINEAR, evaluate_linear,
+                    lambda net, train, test, protocol, size: check_cache(net, train, protocol, size)),
+    semi=Protocol(evaluation_sets, SEMI, evaluate_semi,
+                  lambda net, train, test, protocol, seed: [labelled_part(train, part, seed) for part in protocol.parts]),
+    segmentation=Protocol(mask_sets, SEGMENTATION, evaluate_segmentation, check_segmentation),
+    detection=Protocol(box_sets, DETECTION, evaluate_detection, check_detection),
+    **{name: Protocol(box_sets, presets, evaluate_instance, check_instance, f"{name}_")
        for name, presets in dict(instance=INSTANCE, instance_2x=INSTANCE_2X, instance_c4=INSTANCE_C4).items()})
 
 # %% ../../nbs/27_evaluate_run.ipynb #997ed655
@@ -304,17 +289,17 @@ def run_protocols(
             if paths: part.skipped.extend(p for p in paths if p not in part.skipped)
     for n in (n for n in settings if n not in partial.done):
         title = f"{info['method']} seed {info['seed']} | {n}, scale {scale}, {identity}"
-        jobs[n] = (net, *sets[protocols[n].sets], settings[n],
-                   Given(size, info["seed"], device, title, out/f"{n}.pt", out/f"{n}.png", workers))
-        protocols[n].check(*jobs[n])
-    for n, job in jobs.items():
-        given = job[-1]
-        def states(): return [given.state_file, *out.glob(f"{n}.*.pt")]
+        jobs[n] = dict(protocol=settings[n], size=size, seed=info["seed"], device=device, title=title, state_file=out/f"{n}.pt",
+                       picture=out/f"{n}.png", workers=workers)
+        call(protocols[n].check, net, *sets[protocols[n].sets], **jobs[n])
+    for n, given in jobs.items():
+        p, pair = protocols[n], sets[protocols[n].sets]
+        def states(): return [given["state_file"], *out.glob(f"{n}.*.pt")]
         started = time.time() - spent(*states())
-        metrics = protocols[n].run(*job)
-        partial.add(n, metrics, time.time() - started, [sorted(getattr(part, "skipped", ())) for part in sets[protocols[n].sets]])
+        metrics = {p.prefix + k: v for k, v in call(p.run, net, *pair, **given).items()}
+        partial.add(n, metrics, time.time() - started, [sorted(getattr(part, "skipped", ())) for part in pair])
         for file in states(): file.unlink(missing_ok=True)
-        print(f"{given.title}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items()
+        print(f"{given['title']}: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics.items()
                                              if isinstance(v, float) and not k.startswith("iou_")), flush=True)
 
 # %% ../../nbs/27_evaluate_run.ipynb #24a01274
@@ -358,6 +343,56 @@ def set_aside(
     advice = "" if earlier == identity else "; give each evaluation its own --out to have both in tables"
     warn(f"another evaluation was in {out}: its record is now {kept}{advice}")
 
+# %% ../../nbs/27_evaluate_run.ipynb #79ea371f
+def opened_sets(
+    names:list, # of protocols
+    data, # as for `evaluate`
+    size:int, # pixels, of generated images
+    strict:bool, # stop at an unreadable image
+)->tuple: # opener -> (train, test); opener -> fingerprints of the two
+    "The sets that protocols need."
+    sets = {opener: opener(data, size, strict) for opener in dict.fromkeys(protocols[n].sets for n in names)}
+    return sets, {opener: " ".join(part.fingerprint() for part in pair) for opener, pair in sets.items()}
+
+def protocol_keys(
+    settings:dict, # protocol -> its settings
+    prints:dict, # opener -> fingerprints
+    *what, # size, seed, fingerprint of the weights
+)->dict: # protocol -> 16 hex digits
+    "What the numbers of each protocol depend on, in a word."
+    about = {n: (recorded(p), prints[protocols[n].sets], *what) for n, p in settings.items()}
+    return {n: hashlib.sha256(json.dumps(a).encode()).hexdigest()[:16] for n, a in about.items()}
+
+# %% ../../nbs/27_evaluate_run.ipynb #f436bdbd
+def kept_record(
+    out:Path, # folder of the record
+    identity:str, # of the evaluation that is asked for
+    weights:str, # fingerprint of its backbone
+)->dict|None:
+    "The record of the same evaluation, if it is there."
+    if not (out/"record.json").exists() or (kept := read_record(out))["id"] != identity: return None
+    if kept.get("weights") == weights: return kept
+    warn(f"{out} has an evaluation of the same run with other weights: it is made again")
+
+def write_evaluation(
+    out:Path, # folder of the record, locked
+    record:dict, # from `describe`
+    identity:str, # its id
+    weights:str, # fingerprint of the backbone
+    sets:dict, # opener -> (train, test), after they were read: what is streamed is only known then
+    partial:Partial, # the numbers, all of them
+    device:torch.device, # that gave them
+)->dict: # the record
+    "Write a record, in the place of an earlier one."
+    skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
+    record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
+    set_aside(out, identity)
+    written = write_record(out, dict(id=identity, weights=weights, metrics=partial.metrics, seconds=sum(partial.seconds.values()),
+                                     protocol_seconds=partial.seconds, peak_memory_mb=peak_memory_mb(device), **record,
+                                     **environment(device)))
+    partial.path.unlink(missing_ok=True)
+    return written
+
 # %% ../../nbs/27_evaluate_run.ipynb #4cec3e25
 def _named(names):
     "A list of protocols, also from one text with commas. Raises `UserError` if it is empty."
@@ -393,39 +428,24 @@ def evaluate(
     names, data = _named(names), tuple(data) if isinstance(data, list) else data
     _check_kinds(data, options)
     check_least(workers=(workers, 0), seed=(seed, 0), size=(8 if size is None else size, 8))
-    def set_up(chosen): return options_of(names, chosen, options)
-    set_up(preset or "imagenette")      # a mistake is told before anything is read
+    options_of(names, preset or "imagenette", options)      # a mistake is told before anything is read
     (start, out), device = check_places(start, out), pick_device(device)
     with stopping_at_once(out/"partial.json"):
         net, info = load_backbone(start, backbone, seed)
         check_finite(net, start)
         chosen, size = preset or usual_preset(start, info), size or info["size"] or 224
-        settings = set_up(chosen)
-        openers = dict.fromkeys(protocols[n].sets for n in names)
-        sets = {opener: opener(data, size, strict) for opener in openers}
-        prints = {opener: " ".join(part.fingerprint() for part in pair) for opener, pair in sets.items()}
+        settings = options_of(names, chosen, options)
+        sets, prints = opened_sets(names, data, size, strict)
         record = describe(info, info.get("backbone", backbone or "resnet50"), size, settings, scale, sets, prints)
         identity, weights = run_id(record), weights_fingerprint(net)
-        about = {n: (recorded(p), prints[protocols[n].sets], size, info["seed"], weights) for n, p in settings.items()}
-        keys = {n: hashlib.sha256(json.dumps(a).encode()).hexdigest()[:16] for n, a in about.items()}
-        if (out/"record.json").exists() and (kept := read_record(out))["id"] == identity:
-            if judges(kept, weights, start): return kept
-            warn(f"{out} has an evaluation of the same run with other weights: it is made again")
+        if kept := kept_record(out, identity, weights): return kept
         if "epochs" in info: record["checkpoint"] = checkpoint_facts(start)
         for train, test in sets.values():
             print(f"{info['method']} seed {info['seed']} | {len(train):,} images of {train.name} to learn from, "
                   f"{len(test):,} of {test.name} to judge by, {size} px{'' if preset else f', preset {chosen}'}", flush=True)
         forget_peak_memory(device)
         with held_output(out):
-            partial = Partial(out, keys)
+            partial = Partial(out, protocol_keys(settings, prints, size, info["seed"], weights))
             net = net.to(device, memory_format=layout(device))
             run_protocols(net, info, settings, sets, size, device, scale, out, identity, partial, workers)
-            # what is streamed has only now been read
-            skipped = sorted(path for pair in sets.values() for part in pair for path in getattr(part, "skipped", ()))
-            record["data"] |= dict(n=max(getattr(test, "readable", len(test)) for _, test in sets.values()), skipped=skipped)
-            set_aside(out, identity)
-            written = write_record(out, dict(id=identity, weights=weights, metrics=partial.metrics,
-                                             seconds=sum(partial.seconds.values()), protocol_seconds=partial.seconds,
-                                             peak_memory_mb=peak_memory_mb(device), **record, **environment(device)))
-            partial.path.unlink(missing_ok=True)
-            return written
+            return write_evaluation(out, record, identity, weights, sets, partial, device)
