@@ -195,7 +195,7 @@ def ablation_runs(
 # %% ../nbs/12_paper.ipynb #ba4ba18c
 _maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform")}
 _rates = {"lr-x0.5": 0.5, "lr-x2": 2, "lr-x4": 4}
-_few, _last, _rated = range(10, 16), range(24, 32), range(31, 39)
+_few, _last, _rated, _third = range(10, 16), range(24, 32), range(31, 39), range(40, 56)
 conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "again": with new seeds
     "default": dict(lewel_m=range(10, 31), lewel_b=_few),
     "default-uniform": dict(lewel_m=range(10, 31)),
@@ -209,8 +209,10 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "map-6x6": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6-sharp": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6-sharp, again": dict(lewel_m=range(16, 32)),
+    "map-6x6-sharp, a third time": dict(lewel_m=_third),
     "map-6x6-random": dict(lewel_m=_last),
-    "map-6x6-uniform": dict(lewel_m=_last)} | {f"map-6x6-{rate}": dict(mocov2=_last[:3]) for rate in _rates}
+    "map-6x6-uniform": dict(lewel_m=_last),
+    "map-6x6-uniform, again": dict(lewel_m=_third)} | {f"map-6x6-{rate}": dict(mocov2=_last[:3]) for rate in _rates}
 
 # %% ../nbs/12_paper.ipynb #ca87589f
 def condition_folder(
