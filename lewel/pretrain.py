@@ -416,6 +416,7 @@ def read(self:Checkpoints,
                         "output folder")
     return state
 
+# %% ../nbs/17_pretrain.ipynb #49948a6e
 @patch
 def note_makers(self:Checkpoints,
     state:dict, # of the checkpoint
@@ -432,6 +433,7 @@ def note_makers(self:Checkpoints,
         warn(f"{self.out/'last.pt'} was made by {processes} process{'es'*(processes > 1)}, and goes on in {self.now['processes']}: "
              "BatchNorm sees other parts of a batch; the record will name both")
 
+# %% ../nbs/17_pretrain.ipynb #c4a32071
 @patch
 def load(self:Checkpoints,
     learn:Pretraining, # changed in place
