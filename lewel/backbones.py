@@ -76,24 +76,32 @@ def frozen(
 # %% ../nbs/04_backbones.ipynb #24422e97
 def num_features(
     backbone:nn.Module, # B x 3 x height x width -> B x C x H x W
-    size:int=64, # side of the square image it is shown, in pixels
+    size:int=None, # side of the square image it is shown, in pixels; None: 64, or 224 if it cannot take that
 )->int: # C
     """Channels of a backbone's feature map.
     Raises `UserError` if it cannot take the image, or what comes back is not a map, or one whose channels come last."""
     parameter = next(backbone.parameters(), torch.zeros(()))
-    def shape_for(width):
-        out = backbone(torch.zeros(1, 3, size, width, device=parameter.device, dtype=parameter.dtype))
+    def shape_for(height, width):
+        out = backbone(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
         return tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
+    if size is None:
+        try: return num_features(backbone, 64)
+        except UserError as small:
+            with suppress(UserError): return num_features(backbone, 224)
+            raise small
     try:
         with frozen(backbone):
-            shape = wide = shape_for(size)
-            with suppress(Exception): wide = shape_for(2*size)        # a network may be for square images only
+            shape = wide = shape_for(size, size)
+            with suppress(Exception): wide = shape_for(size, 2*size)        # a network may be for square images only
     except Exception as e:
+        first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+        remedy = "give one that takes any size" if first == 3 else f"images have 3 channels here, and its first convolution takes {first}"
         raise UserError(f"backbone {type(backbone).__name__} cannot take an image of {size} x {size} pixels "
-                        f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): give one that takes any size") from e
+                        f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): {remedy}") from e
     if not (isinstance(shape, tuple) and len(shape) == 4):
+        remedy = "Leave off its pooling and classifier." if isinstance(shape, tuple) else "Return one map, not several."
         raise UserError(f"backbone {type(backbone).__name__} must map B x 3 x height x width to a feature map "
-                        f"B x C x H x W; it returned {shape}. Leave off its pooling and classifier.")
+                        f"B x C x H x W; it returned {shape}. {remedy}")
     if shape[3] == wide[3] and shape[1:3] != wide[1:3]:
         raise UserError(f"backbone {type(backbone).__name__} gives {shape} for a square image and {wide} for one of "
                         "twice the width: channels must come second, so permute its output to B x C x H x W")
@@ -103,13 +111,15 @@ def num_features(
 def own_name(
     backbone:nn.Module, # of the user
 )->str: # such as "own:Net-3f2a9c"
-    "What records call a module that has no name."
+    "What records call a module that has no name: by its class and by all that can be told of it but its weights."
     if isinstance(backbone, type): raise UserError(f"the backbone is the class {backbone.__name__}: give a module, an object of it")
     if not isinstance(backbone, nn.Module): raise UserError(f"the backbone is {backbone!r}: give a module here, and a name to the recipe")
     if any(map(is_lazy, backbone.state_dict(keep_vars=True).values())):
         raise UserError(f"the backbone {type(backbone).__name__} has lazy layers: show it an image first, so that they know their shapes")
-    shapes = str([(name, tuple(t.shape)) for name, t in backbone.state_dict().items()])
-    return f"own:{type(backbone).__name__}-{hashlib.sha256(shapes.encode()).hexdigest()[:6]}"
+    shapes = [(name, tuple(t.shape)) for name, t in backbone.state_dict().items()]
+    settings = [(name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple))
+                                                    and k[0] != "_" and k != "training")) for name, m in backbone.named_modules()]
+    return f"own:{type(backbone).__name__}-{hashlib.sha256(str((shapes, settings)).encode()).hexdigest()[:6]}"
 
 # %% ../nbs/04_backbones.ipynb #35c9f58d
 def create_backbone(

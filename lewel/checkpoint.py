@@ -7,7 +7,7 @@ __all__ = ['format_version', 'rng_state', 'set_rng_state', 'save_checkpoint', 'l
            'check_same_run', 'load_method', 'method_of', 'load_run']
 
 # %% ../nbs/14_checkpoint.ipynb #3b4a71c5
-import random, zipfile
+import copy, random, zipfile
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -120,7 +120,7 @@ def check_same_run(
 # %% ../nbs/14_checkpoint.ipynb #b66fd7a6
 def load_method(
     path, # a checkpoint
-    backbone=None, # the module it was trained with, if it was not one that the recipe names
+    backbone=None, # the module it was trained with, if that was a backbone or a whole method of your own
 )->tuple: # (method in evaluation mode, recipe, what `load_checkpoint` gives)
     "The method in a checkpoint. Raises `UserError` if there is none."
     state = load_checkpoint(path)
@@ -131,19 +131,22 @@ def method_of(
     path, # the checkpoint's, for messages
     backbone=None, # as for `load_method`
 )->tuple: # (method in evaluation mode, recipe)
-    "The method that a state is of. Raises `UserError` for another backbone."
+    "The method that a state is of. Raises `UserError` for another module."
     recipe = Recipe(**state["recipe"])
-    if backbone is not None and recipe.backbone.startswith("own:") and own_name(backbone) != recipe.backbone:
-        raise UserError(f"{path} was trained with the backbone {recipe.backbone}, not {own_name(backbone)}: give the "
-                        "module of that class and shape")
-    method = create_method(recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
+    what, name = ("method", recipe.method) if recipe.method.startswith("own:") else ("backbone", recipe.backbone)
+    if backbone is not None and name.startswith("own:") and own_name(backbone) != name:
+        raise UserError(f"{path} was trained with the {what} {name}, not {own_name(backbone)}: give the module of that class, "
+                        "shape and settings")
+    own = backbone is not None and what == "method"
+    method = copy.deepcopy(backbone) if own else create_method(
+        recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)
     method.load_state_dict(state["method"])
     return method.eval(), recipe
 
 # %% ../nbs/14_checkpoint.ipynb #9f2cc3ba
 def load_run(
     run, # folder of a run
-    backbone=None, # the module it was trained with, if it was not one that the recipe names
+    backbone=None, # the module it was trained with, if that was a backbone or a whole method of your own
 )->tuple: # (method, recipe, record)
     "Load a finished run. Raises `UserError` if there is none."
     run = Path(run).expanduser()

@@ -19,6 +19,7 @@ PROTOCOLS = "knn", "linear", "semi", "segmentation", "detection", "instance", "i
 # %% ../nbs/00_core.ipynb #38fbea49
 class UserError(ValueError):
     "A mistake in the user's input: one line that names the thing and the remedy."
+    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]      # Jupyter shows this instead of a traceback
 
 # %% ../nbs/00_core.ipynb #0dee2051
 def check_choice(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PASSING', 'PAUSES', 'EXTENSIONS', 'NOT_READ', 'SPLITS', 'MEMORY_LIMIT', 'as_indices', 'ImageSet', 'MemorySet',
            'UnreadableImage', 'DiskFailure', 'patiently', 'decode_image', 'image_size', 'list_images', 'FolderSet',
-           'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_place', 'imagenette_folder',
-           'open_data', 'label_fraction', 'epoch_order', 'Ahead']
+           'DatasetSet', 'split_folder', 'has_split', 'class_names', 'open_folder', 'imagenette_place',
+           'imagenette_folder', 'open_data', 'label_fraction', 'epoch_order', 'Ahead']
 
 # %% ../nbs/01_data.ipynb #9286388d
 import copy, errno, hashlib, itertools, os, stat, sys, time
@@ -85,9 +85,12 @@ class MemorySet(ImageSet):
         paths:list|None=None, # where the images come from, relative to their folder; None: they were not files
     ):
         if isinstance(images, np.ndarray): images = torch.from_numpy(images)
-        if not torch.is_tensor(images): raise UserError(f"images are a {type(images).__name__}: give a tensor N x 3 x H x W of uint8")
+        if not torch.is_tensor(images):
+            raise UserError(f"images are a {type(images).__name__}: give a tensor N x 3 x H x W of uint8, or use DatasetSet")
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}")
+            hint = ": expand(-1, 3, -1, -1) makes gray ones so" if images.ndim == 4 and images.shape[1] == 1 else \
+                ": permute(0, 3, 1, 2) puts channels second" if images.ndim == 4 and images.shape[3] == 3 else ""
+            raise UserError(f"images must be N x 3 x H x W of uint8, not {tuple(images.shape)} of {images.dtype}{hint}")
         self.images, self.labels = images, None if labels is None else _class_indices(labels, len(images))
         self.classes, self.name, self.skipped, self.paths = classes, name, list(skipped), paths
 
@@ -345,6 +348,60 @@ def to_memory(
     warn(f"{len(self) - len(kept)} of {len(self)} images in {self.root} skipped: "
          f"{', '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}")
     return out.subset(kept)
+
+# %% ../nbs/01_data.ipynb #7c9aa9a9
+class DatasetSet(FolderSet):
+    "The images of any dataset that has a length and takes an index."
+    def __init__(self,
+        dataset, # its items are images, or hold one
+        image=0, # where in an item that is a tuple, a list or a dict the image is: a position or a key
+        labels=None, # class indices, one per image; None: what the dataset has as `targets`, if anything
+        classes:list|None=None, # class names; None: what the dataset has as `classes`
+        name:str|None=None, # what records call this set; by default the dataset's class
+        strict:bool=False, # raise at the first unreadable image instead of skipping it
+    ):
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise UserError(f"a {type(dataset).__name__} has no length or takes no index: make it a list, or save its images as files")
+        labels = getattr(dataset, "targets", None) if labels is None else labels
+        super().__init__(name or type(dataset).__name__, map(str, range(len(dataset))), None if labels is None
+                         else _class_indices(labels, len(dataset)), classes or getattr(dataset, "classes", None), strict=strict)
+        self.dataset, self.key = dataset, image
+        try: self.image(0)
+        except (IndexError, UnreadableImage) as e: raise UserError(f"{self.name}: {e}; give its images, in eight bits, by image=") from e
+
+
+# %% ../nbs/01_data.ipynb #27596a31
+@patch
+def image(self:DatasetSet, i): return self._decode(self.paths[i])
+
+@patch
+def _decode(self:DatasetSet, path):
+    try: item = self.dataset[int(path)]
+    except Exception as e: raise UnreadableImage(f"{type(e).__name__}: {e}") from e
+    if isinstance(item, (tuple, list, dict)):
+        try: item = item[self.key]
+        except (LookupError, TypeError): raise UnreadableImage(f"an item is a {type(item).__name__} without {self.key!r}") from None
+    if torch.is_tensor(item) and item.dtype == torch.uint8 and item.ndim == 3 and len(item) == 3: return item
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8: item = Image.fromarray(item)
+    if not isinstance(item, Image.Image):
+        what = f"{item.dtype} {tuple(item.shape)}" if hasattr(item, "dtype") else type(item).__name__
+        raise UnreadableImage(f"an item is {what}, not an image of Pillow's, an array H x W x 3 or a tensor 3 x H x W of uint8")
+    return torch.from_numpy(np.array(_to_rgb(item))).permute(2, 0, 1)
+
+@patch
+def read(self:DatasetSet, i, load=decode_image):
+    image, index = FolderSet.read(self, i, lambda path: self._decode(path.name))
+    return (tuple(image.shape[1:]) if load is image_size else image), index
+
+@patch
+def fingerprint(
+    self:DatasetSet
+)->str: # 16 hex digits
+    "SHA-256 over the number of images, the labels, and up to a hundred of the images."
+    digest = hashlib.sha256(str((len(self), None if self.labels is None else self.labels.tolist())).encode())
+    for i in np.linspace(0, len(self) - 1, min(len(self), 100)).astype(int):
+        with suppress(UnreadableImage): digest.update(self.image(i).contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #2dc0decd
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}

@@ -44,7 +44,10 @@ def map_entropy(
     maps:torch.Tensor, # B x d x H x W, each map sums to 1 over its H*W > 1 positions
 )->torch.Tensor: # scalar in [0, 1]
     """Mean entropy of maps relative to the uniform map's: 1 if uniform, 0 if on one pixel.
-    No device sync. Raises `UserError` for 1 x 1 maps."""
+    No device sync. Raises `UserError` for 1 x 1 maps, and for another shape."""
+    if maps.ndim != 4:
+        raise UserError(f"maps of shape {tuple(maps.shape)}: give B x d x H x W, as Method.alignment_maps does; "
+                        "of Embeddings.maps, maps.mT.unsqueeze(-1)")
     positions = maps.shape[-2:].numel()
     if positions == 1:
         raise UserError("alignment maps have a single position, so there is nothing to choose between: "

@@ -151,7 +151,7 @@ def fill_backbone(
 )->nn.Module: # `backbone`
     "Set all of a backbone's tensors from a file's content. Raises `UserError` naming those that are missing, left over or misshapen."
     state = state_tensors(content, path)
-    for part in "online_net.backbone.", "backbone.":        # the authors' name, and ours
+    for part in "online_net.backbone.", "online.backbone.", "backbone.":        # the authors' name, and ours
         if any(k.startswith(part) for k in state) and not any(k.startswith(part) for k in backbone.state_dict()):
             state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
     own = backbone.state_dict()
@@ -186,7 +186,7 @@ def load_backbone(
 # %% ../nbs/10_interop.ipynb #60da5ab6
 def run_backbone(
     run, # folder of a finished run, or a checkpoint of any run
-    backbone=None, # the module it was trained with, if it was not one that the recipe names
+    backbone=None, # the module it was trained with, if that was a backbone or a whole method of your own
 )->tuple: # (backbone, dict: method, backbone, seed, size, builds_on; for a checkpoint also its file, epochs and fingerprint)
     "The online backbone of a run. Raises `UserError`."
     from lewel.checkpoint import load_method, load_run           # which needs this module
@@ -353,9 +353,11 @@ def export_backbone(
     state = {k.replace("_orig_mod.", ""): v.detach().cpu().clone(memory_format=torch.contiguous_format)
              for k, v in backbone.state_dict().items()}
     theirs = format == "safetensors" or format == "timm" and type(backbone).__module__.startswith("timm.")
+    if not theirs: state = {k: v for k, v in state.items() if not k.startswith("fc.")}                # of a whole classifier
     if not theirs and not any(fits_torchvision(name, state) for name in resnets):
         known = ", ".join(resnets)
-        raise UserError(f"this backbone is none of torchvision's ({known}), so it cannot be exported as {format}; "
+        raise UserError(f"this backbone is none of torchvision's ({known}), or names its tensors otherwise "
+                        f"({next(iter(state), 'it has none')}, ...), so it cannot be exported as {format}; "
                         "safetensors takes any, timm also timm's own")
     card = run and (model_card if run.is_dir() else checkpoint_card)(run, path.name, format)
     made, place = content(state), path.with_suffix(".md")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 from .core import UserError, check_choice
-from .backbones import create_backbone, num_features
+from .backbones import create_backbone, frozen, num_features
 from .alignment import CoupledHead, Embeddings, Head, PooledHead
 from .losses import info_nce, regression_loss
 from .target import Queue, gathered, momentum_schedule, shuffled, synchronize_norms, update_average, world
@@ -53,8 +53,6 @@ class Regression(nn.Module):
         target:torch.Tensor, # of the same shape, a constant
     )->torch.Tensor: # scalar, the mean over all vectors
         return regression_loss(self.predictor(online), target)
-
-    def push(self, target): pass # no queue
 
 # %% ../nbs/08_methods.ipynb #fd8373f7
 class Contrast(nn.Module):
@@ -129,13 +127,13 @@ class Method(nn.Module):
 @patch
 @torch.no_grad()
 def target_embeddings(self:Method,
-    *views, # one or two, each B x 3 x height x width
+    *views, # each B x 3 x height x width
 )->list: # their `Embeddings`
     "Target embeddings of each view; in one batch where that changes nothing."
-    if self.target.training or len(views) == 1:
+    if self.target.training or len(views) == 1 or len({v.shape for v in views}) > 1:
         return [shuffled(self.target, v) if self.shuffle and self.target.training else self.target(v) for v in views]
-    both = self.target(torch.cat(views))
-    return [Embeddings(*(None if e is None else e.chunk(2)[i] for e in both)) for i in range(2)]
+    both, n = self.target(torch.cat(views)), len(views)
+    return [Embeddings(*(None if e is None else e.chunk(n)[i] for e in both)) for i in range(n)]
 
 # %% ../nbs/08_methods.ipynb #19df50a9
 @patch
@@ -169,8 +167,8 @@ def push(self:Method,
 ):
     "Show the keys of a batch to the queues, if there are any."
     for t in (t for direction in zip(*parts) for t in direction):
-        self.global_criterion.push(t.z)
-        if self.aligned_criterion is not None: self.aligned_criterion.push(t.aligned)
+        for criterion, embeddings in (self.global_criterion, t.z), (self.aligned_criterion, t.aligned):
+            if hasattr(criterion, "push"): criterion.push(embeddings)
 
 @patch
 def forward(self:Method,
@@ -212,13 +210,14 @@ def distribute(self:Method,
 
 # %% ../nbs/08_methods.ipynb #20a18eb7
 @patch
-@torch.no_grad()
 def alignment_maps(self:Method,
     images:torch.Tensor, # B x 3 x height x width, normalized
-)->torch.Tensor: # B x d x H x W, each sums to 1
-    "The online network's maps, in its present mode. Raises `UserError` for a method without maps."
-    features = self.backbone(images)
-    maps = self.online.head(features).maps
+)->torch.Tensor: # B x d x H x W, each sums to 1; without gradients
+    """The online network's maps in evaluation mode; its own mode and the running statistics stay as they are.
+    Raises `UserError` for a method without maps."""
+    with frozen(self.online):
+        features = self.backbone(images)
+        maps = self.online.head(features).maps
     if maps is None: raise UserError("this method has no alignment maps: its head pools; use 'lewel_m' or 'lewel_b'")
     return maps.transpose(1, 2).unflatten(2, features.shape[-2:])
 
@@ -249,6 +248,11 @@ def check_options(
     options:dict, # what the user gave
 )->dict: # all options, with defaults
     "Raises `UserError` for an unknown method, an option it does not have, or an impossible value."
+    if not isinstance(name, str):
+        raise UserError(f"the method is a {type(name).__name__}: give a name here, and a method to pretrain as method=")
+    if name.startswith("own:"):
+        if options: raise UserError(f"{name} is a method of your own: it has no options, so give none")
+        return {}
     defaults = method_defaults[check_choice("method", name, method_defaults)]
     if not isinstance(options, dict): raise UserError(f"options={options!r} must be a dict of option names and values")
     for o in options: check_choice(f"option of {name}", o, defaults)
@@ -272,6 +276,8 @@ def create_method(
 )->Method: # in training mode
     "A method by its name. Raises `UserError` for a name, an option or a value that does not exist."
     o = check_options(name, options)
+    if not o:
+        raise UserError(f"{name} is a method of your own: give it in Python, as method= to pretrain, as backbone= to load_run or evaluate")
     backbone = create_backbone(backbone)
     channels, dim = num_features(backbone), o["dim"]
     hidden_dim = o["hidden_dim"] or channels

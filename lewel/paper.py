@@ -20,7 +20,7 @@ from .views import ViewRecipe, byol_views, mocov2_views
 class Recipe:
     """How to pretrain. Sizes in pixels; the learning rate is absolute, not scaled by the batch size.
     The defaults are LEWEL_B's for 100 epochs (method.md section 5), but for the precision."""
-    method:str # "mocov2", "lewel_m", "byol" or "lewel_b"
+    method:str # "mocov2", "lewel_m", "byol" or "lewel_b"; of one's own what `lewel.backbones.own_name` calls it
     backbone:str="resnet50" # small, a ResNet of torchvision, or a convolutional model of timm where that is installed
     options:dict=field(default_factory=dict) # of the method, where they differ from `method_defaults`
     size:int=224 # side of the square views
@@ -35,7 +35,7 @@ class Recipe:
     weight_decay:float=1.5e-6 # with LARS not for biases and norms, with SGD for everything
     adapt_head_norms:bool=False # LARS: the SyncBN recipe's quirk, see `lewel.optim.lars_parameters`
     precision:str="float32" # "float32", "bfloat16" or "float16" (autocast; the last with loss scaling)
-    seed:int=0 # of weights, order and views
+    seed:int=0 # of order and views, and of all weights but those of a module of one's own
 
     def __post_init__(self):
         check_recipe(self)

@@ -103,6 +103,7 @@ def run_id(
     check_keys(record["data"], ["fingerprint"])
     identity = {k: record[k] for k in IDENTITY} | dict(data=record["data"]["fingerprint"])
     if (parts := record.get("accumulate", 1)) != 1: identity["accumulate"] = parts
+    identity |= {k: record[k] for k in ("callbacks", "earlier_callbacks", "own_weights") if record.get(k)}
     digest = hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()
     return f"{record['method']}-s{record['seed']}-{digest[:6]}"
 
@@ -183,7 +184,8 @@ def _one_per_seed(
     for a, b in zip(runs, runs[1:]):
         if a["seed"] == b["seed"]:
             who = f"{a['method']} at scale {a['scale']}"
-            raise UserError(f"{who} has two runs with seed {a['seed']}, {a['id']} and {b['id']}: keep one of them")
+            raise UserError(f"{who} has two runs with seed {a['seed']}, {a['id']} and {b['id']}: keep one of them, or give "
+                            "variants of a method names of their own, [r | dict(method=NAME) for r in records]")
     return runs
 
 # %% ../nbs/13_results.ipynb #a8a87c07
@@ -335,12 +337,16 @@ def gain_table(
     pairs:dict=PAIRS, # method -> what it is compared with
 )->pd.DataFrame: # method, baseline, metric, n, mean, low and high (of the interval), gains (seed by seed)
     """Gains in points, by default LEWEL's over its baselines, of the seeds that both have.
-    Raises `UserError` for two runs with the same seed."""
+    Raises `UserError` for two runs with the same seed, or judged on other images."""
     rows = []
     for method, baseline in pairs.items():
         for metric, label in TABLES[check_choice("table", name, TABLES)].items():
-            ours, theirs = (_values([r for r in records if r["method"] == m], metric) for m in (method, baseline))
-            gains = [ours[s] - theirs[s] for s in ours if s in theirs]
+            of = [[r for r in records if r["method"] == m and metric in r["metrics"]] for m in (method, baseline)]
+            ours, theirs = (_values(found, metric) for found in of)
+            both = [s for s in ours if s in theirs]
+            if len({r.get("data", {}).get("fingerprint") for r in sum(of, []) if r["seed"] in both}) > 1:
+                raise UserError(f"{method} and {baseline} were not judged on the same images in {label}: evaluate them on the same ones")
+            gains = [ours[s] - theirs[s] for s in both]
             if gains: rows.append(dict(method=method, baseline=baseline, metric=label) | paired_interval(gains))
     return pd.DataFrame(rows, columns=_gain_columns)
 

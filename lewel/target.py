@@ -21,7 +21,9 @@ def momentum_schedule(
     total_steps:int, # T
     base_momentum:float, # m0
 )->float: # m(t)
-    "BYOL's cosine schedule of the target's momentum (method.md section 4)."
+    "BYOL's cosine schedule of the target's momentum (method.md section 4). Raises `UserError` for a step beyond the last."
+    if step > total_steps:
+        raise UserError(f"step {step} of {total_steps}: after the last step the momentum would fall again; give the number of all steps")
     return 1 - (1 - base_momentum)*(1 + math.cos(math.pi*step/total_steps))/2
 
 # %% ../nbs/07_target.ipynb #597eb323

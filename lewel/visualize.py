@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from matplotlib.patches import Circle, Polygon, Rectangle
 from matplotlib.transforms import Affine2D
-from .backbones import frozen
 from .checkpoint import load_run
 from .core import METHODS, UserError, atomic_write, check_choice
 from .data import FolderSet, MemorySet
@@ -141,15 +140,13 @@ def overlay(
 NOTE = ("Colors are stretched for each map: dark is its minimum, bright its maximum.\n"
         "Numbers: these two, in multiples of a uniform map's weight.")
 
-@torch.no_grad()
 def maps_of(
     method:torch.nn.Module, # with `alignment_maps`
     *views, # B x 3 x height x width each, normalized
 )->list: # the maps of each, B x d x H x W, on the CPU
-    """Alignment maps in evaluation mode; the method's mode is put back afterwards.
-    Raises `UserError` for a method that has none."""
+    "Alignment maps in evaluation mode. Raises `UserError` for a method that has none."
     device = next(method.parameters()).device
-    with frozen(method): return [method.alignment_maps(v.to(device)).float().cpu() for v in views]
+    return [method.alignment_maps(v.to(device)).float().cpu() for v in views]
 
 # %% ../nbs/28_visualize.ipynb #cd60de46
 @styled
@@ -188,9 +185,10 @@ def show_maps(
 # %% ../nbs/28_visualize.ipynb #f9254b74
 def snapshots(
     run, # folder of a finished run
+    backbone=None, # as for `load_run`
 ): # pairs of epoch and method, whose online network is the one of that moment
     "The networks that a run has kept, one after the other in one method. Raises `UserError` if there are none."
-    method, files = load_run(run)[0], sorted((Path(run)/"snapshots").glob("*.pt"))
+    method, files = load_run(run, backbone)[0], sorted((Path(run)/"snapshots").glob("*.pt"))
     if not files: raise UserError(f"no snapshots in {run}: pretrain with snapshots=4")
     for file in files:
         method.online.load_state_dict(read_weights(file))
@@ -201,9 +199,10 @@ def gather_maps(
     view1:torch.Tensor, # B x 3 x height x width, normalized
     view2:torch.Tensor, # another view of the same images
     n_maps:int=4, # how many, see `pick_maps`
+    backbone=None, # as for `load_run`
 )->dict: # arrays: run (id), epochs (S), names (n), view1, view2 (B x 3 x height x width, uint8), maps1, maps2 (S x B x n x H x W, float32)
     "Alignment maps at each snapshot of a run. Raises `UserError` if there are none."
-    epochs, at = zip(*((epoch, maps_of(method, view1, view2)) for epoch, method in snapshots(run)))
+    epochs, at = zip(*((epoch, maps_of(method, view1, view2)) for epoch, method in snapshots(run, backbone)))
     names = pick_maps(torch.cat(at[-1]), n_maps)
     views = {f"view{i}": (denormalize(v)*255).round().byte().numpy() for i, v in ((1, view1), (2, view2))}
     return dict(run=np.array(read_record(run)["id"]), epochs=np.array(epochs), names=np.array(names), **views,
@@ -354,7 +353,8 @@ def plot_gains(
     "Gains in points, with intervals, beside the abstract's. Raises `UserError` if there are none."
     gains = gains[gains.metric.isin(CLAIMS) & (gains.baseline == gains.method.map(PAIRS))]
     pairs, metrics = [m for m in PAIRS if m in set(gains.method)], [m for m in CLAIMS if m in set(gains.metric)]
-    if not pairs: raise UserError("there is no gain to plot: evaluate a LEWEL method and its baseline with the same seed")
+    if not pairs: raise UserError(f"there is no gain to plot: of {' and '.join(f'{m} over {b}' for m, b in PAIRS.items())}, in "
+                                   f"{', '.join(CLAIMS)}; evaluate both with the same seed, or print gain_table(records, name, pairs)")
     seen = ([float(x) for g in gains.gains for x in g.split()] +
             [published_gains.loc[r.baseline, CLAIMS[r.metric]] for r in gains.itertuples()])
     widest = np.nan_to_num(gains[["low", "high"]].abs().max(axis=None))      # no interval: one seed
