@@ -40,7 +40,8 @@ from .evaluate.semi import SUPERVISED, fit_part
 from .experiments import Settings, evaluation_groups
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
-from .paper import PAIRS, Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes, views_of
+from .paper import (PAIRS, Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes,
+                         segmented, views_of)
 from .pretrain import Precision, Pretraining, Steps, compile_networks, create_optimizer
 from .running import check_least, keep_freed_memory, peak_memory_mb, pick_device
 from .results import environment, scale_note
@@ -664,7 +665,8 @@ def condition_plan(
         r, name = condition_recipe(condition, method, seed), f"{condition}/{method}-s{seed}"
         command = job("condition", settings, name, "conditioned", scale=None, condition=condition, method=method,
                       seed=seed, out=f"results/{settings.scale}/conditions/{name}")
-        work = pretrain_work(r, IMAGES[settings.scale]) + evaluation_work(["knn", "linear"], settings.scale, r)
+        judged = ["knn", "linear"] + ["segmentation"]*(seed in segmented)
+        work = pretrain_work(r, IMAGES[settings.scale]) + evaluation_work(judged, settings.scale, r)
         yield dict(name=name, command=command, work=work, kept=2*method_counts(r)["checkpoint_mb"], section="data")
 
 # %% ../nbs/29_cost.ipynb #f3c3eb45

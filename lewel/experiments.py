@@ -324,7 +324,7 @@ def job_records(
     "All jobs of a scale that leave records; folders are relative to those of the scale's marks and results."
     from lewel.evaluate.run import protocols
     from lewel.evaluate.semi import recorded
-    from lewel.paper import ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes
+    from lewel.paper import ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes, segmented
     s, scale, methods = settings, settings.scale, list(recipes[settings.scale])
     def judged(names): return dict(protocols={n: recorded(protocols[n].presets[scale]) for n in names})
     def both(place, recipe): return {place: asdict(recipe), f"{place}/evaluation": judged(["knn", "linear"])}
@@ -342,7 +342,8 @@ def job_records(
             yield f"{name}.ablated", None, s.data[scale], records
     for condition, method, seed in condition_runs() if scale == "demo" else ():
         name, recipe = f"{condition}/{method}-s{seed}", condition_recipe(condition, method, seed)
-        yield f"{name}.conditioned", None, "scenes", both(f"conditions/{name}", recipe)
+        records = {f"conditions/{name}/segmentation": judged(["segmentation"])} if seed in segmented else {}
+        yield f"{name}.conditioned", None, "scenes", both(f"conditions/{name}", recipe) | records
 
 # %% ../nbs/32_experiments.ipynb #2ee9083a
 def named_after(

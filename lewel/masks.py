@@ -124,10 +124,11 @@ def checked(
 def scene_masks(
     split:str="train", # "train", "val" or "test"
     size:int=64, # side, pixels
+    n:int|None=None, # number of scenes, see `scenes`
 )->MaskSet: # background and the ten digits
     "The generated scenes with their masks."
     from lewel.scenes import scenes
-    images = scenes(split, size=size)
+    images = scenes(split, n, size)
     return MaskSet(images, images.masks, ["background", *images.classes])
 
 # %% ../nbs/21_masks.ipynb #bc729cd9
