@@ -813,6 +813,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lewel.running': { 'lewel.running.NonFiniteLoss': ('running.html#nonfiniteloss', 'lewel/running.py'),
                                'lewel.running.Stopped': ('running.html#stopped', 'lewel/running.py'),
                                'lewel.running.Stopped.__init__': ('running.html#stopped.__init__', 'lewel/running.py'),
+                               'lewel.running.Stopped._render_traceback_': ('running.html#stopped._render_traceback_', 'lewel/running.py'),
                                'lewel.running.announced': ('running.html#announced', 'lewel/running.py'),
                                'lewel.running.check_least': ('running.html#check_least', 'lewel/running.py'),
                                'lewel.running.check_same': ('running.html#check_same', 'lewel/running.py'),

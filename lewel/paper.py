@@ -197,7 +197,7 @@ def ablation_runs(
 _maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform")}
 _rates = {"lr-x0.5": 0.5, "lr-x2": 2, "lr-x4": 4}
 _few, _last, _rated, _third, segmented = range(10, 16), range(24, 32), range(31, 39), range(40, 56), range(56, 68)
-conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "again": with new seeds, "segmented": judged by segmentation, too
+conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "again": new ones; "segmented": judged by segmentation, too
     "default": dict(lewel_m=range(10, 31), lewel_b=_few),
     "default-uniform": dict(lewel_m=range(10, 31)),
     "default-sharp": dict(lewel_m=_few),

@@ -30,6 +30,8 @@ class Stopped(Exception):
         super().__init__(f"stopped by {by}; saved {path}: the same command goes on from there")
         self.exit_code = 128 + signum
 
+    def _render_traceback_(self): return [f"Stopped: {self}"]      # Jupyter shows this instead of a traceback
+
 overdue = [] # SIGALRM, when the time budget of this process is used up; SIGTERM, until something has stopped for it
 
 def time_budget(
