@@ -95,7 +95,7 @@ def num_features(
             with suppress(Exception): wide = shape_for(size, 2*size)        # a network may be for square images only
     except Exception as e:
         first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
-        remedy = "give one that takes any size" if first == 3 else f"images have 3 channels here, and its first convolution takes {first}"
+        remedy = "give one that takes this size" if first == 3 else f"images have 3 channels here, and its first convolution takes {first}"
         raise UserError(f"backbone {type(backbone).__name__} cannot take an image of {size} x {size} pixels "
                         f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): {remedy}") from e
     if not (isinstance(shape, tuple) and len(shape) == 4):
@@ -111,14 +111,15 @@ def num_features(
 def own_name(
     backbone:nn.Module, # of the user
 )->str: # such as "own:Net-3f2a9c"
-    "What records call a module that has no name: by its class and by all that can be told of it but its weights."
+    "What records call a module that has no name: its class, and a hash of its shapes, its parts' classes, and their numbers and words."
     if isinstance(backbone, type): raise UserError(f"the backbone is the class {backbone.__name__}: give a module, an object of it")
     if not isinstance(backbone, nn.Module): raise UserError(f"the backbone is {backbone!r}: give a module here, and a name to the recipe")
     if any(map(is_lazy, backbone.state_dict(keep_vars=True).values())):
         raise UserError(f"the backbone {type(backbone).__name__} has lazy layers: show it an image first, so that they know their shapes")
     shapes = [(name, tuple(t.shape)) for name, t in backbone.state_dict().items()]
-    settings = [(name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple))
-                                                    and k[0] != "_" and k != "training")) for name, m in backbone.named_modules()]
+    def plain(v): return isinstance(v, (int, float, str)) or isinstance(v, tuple) and all(map(plain, v))
+    settings = [(name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if plain(v) and k[0] != "_" and k != "training"))
+                for name, m in backbone.named_modules()]
     return f"own:{type(backbone).__name__}-{hashlib.sha256(str((shapes, settings)).encode()).hexdigest()[:6]}"
 
 # %% ../nbs/04_backbones.ipynb #35c9f58d

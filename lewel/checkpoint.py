@@ -137,6 +137,8 @@ def method_of(
     if backbone is not None and name.startswith("own:") and own_name(backbone) != name:
         raise UserError(f"{path} was trained with the {what} {name}, not {own_name(backbone)}: give the module of that class, "
                         "shape and settings")
+    if what == "backbone" and hasattr(backbone, "online"):
+        raise UserError(f"{path} was trained with the method {recipe.method}, not one of your own: leave it out")
     own = backbone is not None and what == "method"
     method = copy.deepcopy(backbone) if own else create_method(
         recipe.method, recipe.backbone if backbone is None else backbone, **recipe.options)

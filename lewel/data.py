@@ -362,34 +362,51 @@ class DatasetSet(FolderSet):
     ):
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise UserError(f"a {type(dataset).__name__} has no length or takes no index: make it a list, or save its images as files")
-        labels = getattr(dataset, "targets", None) if labels is None else labels
-        super().__init__(name or type(dataset).__name__, map(str, range(len(dataset))), None if labels is None
-                         else _class_indices(labels, len(dataset)), classes or getattr(dataset, "classes", None), strict=strict)
+        if not len(dataset): raise UserError(f"the {type(dataset).__name__} is empty: at least two images are needed")
+        if labels is not None: labels = _class_indices(labels, len(dataset))
+        elif (targets := getattr(dataset, "targets", None)) is not None:
+            try: labels = _class_indices(targets, len(dataset))
+            except UserError as e: warn(f"the targets of the {type(dataset).__name__} are no classes ({e}): taken as unlabelled")
+        super().__init__(name or type(dataset).__name__, map(str, range(len(dataset))), labels,
+                         classes or getattr(dataset, "classes", None), strict=strict)
         self.dataset, self.key = dataset, image
-        try: self.image(0)
-        except (IndexError, UnreadableImage) as e: raise UserError(f"{self.name}: {e}; give its images, in eight bits, by image=") from e
+        with suppress(UnreadableImage): self.image(0)
 
 
 # %% ../nbs/01_data.ipynb #27596a31
 @patch
-def image(self:DatasetSet, i): return self._decode(self.paths[i])
+def image(self:DatasetSet,
+    i:int, # which
+)->torch.Tensor: # uint8 3 x H x W, RGB
+    "The image at `i`; raises `UnreadableImage`."
+    return self._decode(self.paths[i])
 
 @patch
 def _decode(self:DatasetSet, path):
-    try: item = self.dataset[int(path)]
-    except Exception as e: raise UnreadableImage(f"{type(e).__name__}: {e}") from e
-    if isinstance(item, (tuple, list, dict)):
-        try: item = item[self.key]
-        except (LookupError, TypeError): raise UnreadableImage(f"an item is a {type(item).__name__} without {self.key!r}") from None
+    "What the dataset has there, as a tensor; an item that cannot be an image is a `UserError`, one that cannot be read `UnreadableImage`."
+    def pixels(path):
+        try:
+            item = self.dataset[int(path)]
+            if isinstance(item, (tuple, list, dict)): item = item[self.key]
+            if not isinstance(item, Image.Image): return item
+            return np.array(_to_rgb(ImageOps.exif_transpose(item) if _turn(item) != 1 else item))
+        except (LookupError, TypeError) as e:
+            raise UserError(f"{self.name}[{path}] has no {self.key!r} ({type(e).__name__}: {e}): name the image by image=") from e
+        except (OSError, ValueError, SyntaxError) as e:          # which is what Pillow raises
+            if getattr(e, "errno", None) in PASSING: raise
+            raise UnreadableImage(f"{type(e).__name__}: {e}") from e
+    item = patiently(pixels, path)
+    if isinstance(item, np.ndarray) and item.ndim == 3 and item.shape[2] == 3: item = torch.from_numpy(item).permute(2, 0, 1)
     if torch.is_tensor(item) and item.dtype == torch.uint8 and item.ndim == 3 and len(item) == 3: return item
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8: item = Image.fromarray(item)
-    if not isinstance(item, Image.Image):
-        what = f"{item.dtype} {tuple(item.shape)}" if hasattr(item, "dtype") else type(item).__name__
-        raise UnreadableImage(f"an item is {what}, not an image of Pillow's, an array H x W x 3 or a tensor 3 x H x W of uint8")
-    return torch.from_numpy(np.array(_to_rgb(item))).permute(2, 0, 1)
+    what = f"{item.dtype} {tuple(item.shape)}" if hasattr(item, "dtype") else type(item).__name__
+    raise UserError(f"{self.name}[{path}] is {what}, not an image of Pillow's, an array H x W x 3 or a tensor 3 x H x W of uint8")
 
 @patch
-def read(self:DatasetSet, i, load=decode_image):
+def read(self:DatasetSet,
+    i:int, # which image
+    load=decode_image, # or `image_size`
+)->tuple: # as of a folder
+    "Read an image, replacing an unreadable one by the next."
     image, index = FolderSet.read(self, i, lambda path: self._decode(path.name))
     return (tuple(image.shape[1:]) if load is image_size else image), index
 

@@ -132,8 +132,8 @@ def target_embeddings(self:Method,
     "Target embeddings of each view; in one batch where that changes nothing."
     if self.target.training or len(views) == 1 or len({v.shape for v in views}) > 1:
         return [shuffled(self.target, v) if self.shuffle and self.target.training else self.target(v) for v in views]
-    both, n = self.target(torch.cat(views)), len(views)
-    return [Embeddings(*(None if e is None else e.chunk(n)[i] for e in both)) for i in range(n)]
+    together, n = self.target(torch.cat(views)), len(views)
+    return [Embeddings(*(None if e is None else e.chunk(n)[i] for e in together)) for i in range(n)]
 
 # %% ../nbs/08_methods.ipynb #19df50a9
 @patch
@@ -277,7 +277,8 @@ def create_method(
     "A method by its name. Raises `UserError` for a name, an option or a value that does not exist."
     o = check_options(name, options)
     if not o:
-        raise UserError(f"{name} is a method of your own: give it in Python, as method= to pretrain, as backbone= to load_run or evaluate")
+        raise UserError(f"{name} is a method of your own: give it in Python, as method= to pretrain, as backbone= to load_run or evaluate; "
+                        "to export it give that method, load_run(RUN, method)[0]")
     backbone = create_backbone(backbone)
     channels, dim = num_features(backbone), o["dim"]
     hidden_dim = o["hidden_dim"] or channels

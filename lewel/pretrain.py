@@ -26,7 +26,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
-from .backbones import own_name
+from .backbones import frozen, num_features, own_name
 from .core import UserError, atomic_write, check_path, pace, warn
 from .checkpoint import check_same_run, load_checkpoint, restore, save_checkpoint
 from .data import DiskFailure, ImageSet, has_split, open_data
@@ -342,7 +342,7 @@ ONLY_LOOK = "fastai.callback.tensorboard", "fastai.callback.wandb", "fastai.call
 def callbacks_of(
     cbs, # the user's
 )->list: # names of their classes
-    "The callbacks that may change what is learned, which a record names."
+    "The callbacks that may change what is learned, which a record names (their classes, not their settings)."
     return [type(cb).__name__ for cb in cbs if type(cb).__module__ not in ONLY_LOOK]
 
 class Checkpoints(Callback):
@@ -426,7 +426,8 @@ def read(self:Checkpoints,
     check_same_run(self.out/"last.pt", state, learn.recipe, self.builds_on, learn.accumulate)
     if state["data"] != self.fingerprint:
         raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
-    if {*MAKERS, *MAKERS.values(), "pending", "peak_memory_mb", "own_weights"} - state.keys():
+    state = dict(callbacks=[], earlier_callbacks=[], own_weights=None) | state          # a day's versions did not have these
+    if {*MAKERS, *MAKERS.values(), "pending", "peak_memory_mb"} - state.keys():
         raise UserError(f"{self.out/'last.pt'} was written by an earlier lewel, whose runs this one cannot go on with: use another "
                         "output folder")
     return state
@@ -526,10 +527,12 @@ def check_positions(
     method:Method, # to be trained
     size:int, # of its views, pixels
 ):
-    "Raises `UserError` if the feature map has a single position, so that a LEWEL method has nothing to choose between."
+    """Raises `UserError` if the backbone cannot take this size, or the feature map has a single position,
+    so that a LEWEL method has nothing to choose between."""
+    num_features(method.backbone, size)                     # that it can take such an image
     if method.aligned_criterion is None: return
-    maps = method.alignment_maps(torch.zeros(1, 3, size, size))
-    if maps.shape[-1]*maps.shape[-2] == 1:
+    with frozen(method.online): features = method.backbone(torch.zeros(1, 3, size, size))
+    if features.shape[-2:].numel() == 1:
         raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; "
                         "use a larger size or another backbone")
 
@@ -564,6 +567,7 @@ def finished(
     check_same_run(out, record, recipe, builds_on, accumulate)
     if record["data"]["fingerprint"] != fingerprint:
         raise UserError(f"{out} holds a finished run on other images; choose another output folder")
+    if world()[0]: return record
     if record.get("callbacks", []) != list(callbacks):
         warn(f"{out} holds a finished run with {words_for(record.get('callbacks', []))}, not with {words_for(callbacks)}: for another one "
              "choose another output folder")
@@ -660,7 +664,7 @@ def describe(
 )->str: # one line
     "What a training found, and what it is going to do."
     images, r, monitor = learn.loader.images, learn.recipe, getattr(learn, "monitor", None)
-    found = (f"{images.name}: {len(images):,} images{', read from files' if hasattr(images, 'root') else ''}, " +
+    found = (f"{images.name}: {len(images):,} images{', read when needed' if hasattr(images, 'root') else ''}, " +
              (f"{len(images.labels.unique())} classes" if images.labels is not None else "no labels"))
     judged = f"kNN monitor: {len(monitor.sets[1]):,} {monitor.sets[2]}" if monitor else "no kNN monitor"
     return (f"{found} | {r.epochs} epoch{'s'*(r.epochs > 1)} of {len(learn.loader)} steps, "
@@ -724,6 +728,8 @@ def _check_kinds(recipe, cbs, backbone=None, method=None):
         raise UserError("the callback MixedPrecision does not fit here: give the recipe precision='bfloat16' or 'float16' instead")
     if method is not None and not isinstance(method, Method):
         raise UserError(f"method is a {type(method).__name__}: give a lewel.methods.Method; a name goes into the recipe")
+    if method is not None and type(method).forward is not Method.forward:
+        raise UserError(f"{type(method).__name__} has a forward of its own, which the loop does not call: override part_losses instead")
     if method is not None and backbone is not None: raise UserError("method has a backbone: leave out backbone=")
     for cb in cbs:
         if not isinstance(cb, Callback): raise UserError(f"the callback {cb!r} is not an object of fastai's class Callback: give one")
@@ -757,7 +763,7 @@ def pretrain(
     if start is not None: start = check_path("the file to start from", start)
     _check_kinds(recipe, cbs, backbone, method)
     own, callbacks = backbone if method is None else method, callbacks_of(cbs)
-    recipe, own_weights = name_own(recipe, own), None if own is None else weights_fingerprint(own)
+    recipe = name_own(recipe, own)
     check_least(workers=(workers, 0), log_every=(1 if log_every is None else log_every, 1), save_every=(save_every or 0, 0),
                 monitor_every=(monitor_every, 0), snapshots=(snapshots, 0), accumulate=(accumulate, 1))
     if device.type == "cpu": keep_freed_memory()
@@ -765,6 +771,7 @@ def pretrain(
     with process_group(device):
         first = world()[0] == 0
         if not first: progress = "none"
+        own_weights = from_first_rank(lambda: None if own is None else weights_fingerprint(own))
         method = prepare_method(recipe, own)
         builds_on = [start_from(method, start)] if start is not None else []
         images, val, fingerprint = open_shared(data, recipe.size, strict, progress != "none")

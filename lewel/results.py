@@ -344,7 +344,8 @@ def gain_table(
             of = [[r for r in records if r["method"] == m and metric in r["metrics"]] for m in (method, baseline)]
             ours, theirs = (_values(found, metric) for found in of)
             both = [s for s in ours if s in theirs]
-            if len({r.get("data", {}).get("fingerprint") for r in sum(of, []) if r["seed"] in both}) > 1:
+            sets = [{r["seed"]: set(r.get("data", {}).get("fingerprint", "").split()) for r in found} for found in of]
+            if not all(sets[0][s] <= sets[1][s] or sets[1][s] <= sets[0][s] for s in both):     # one may have been judged by more protocols
                 raise UserError(f"{method} and {baseline} were not judged on the same images in {label}: evaluate them on the same ones")
             gains = [ours[s] - theirs[s] for s in both]
             if gains: rows.append(dict(method=method, baseline=baseline, metric=label) | paired_interval(gains))
@@ -373,7 +374,7 @@ def count_clear(
     kind:str="intervals", # what they are
 )->list: # a sentence; none where there is no interval
     "How many intervals leave zero out, beside how many would by chance."
-    judged = gains[gains.n > 1]
+    judged = gains[(gains.n > 1) & (gains.high - gains.low >= 1e-9)]
     n, clear = len(judged), int(((judged.low > 0) | (judged.high < 0)).sum())
     return [f"Of {which} {n} {kind}, {clear} leave{'s'*(clear == 1)} zero out; chance alone would make it {n/20:.1f}."] if n else []
 
