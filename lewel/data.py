@@ -401,6 +401,8 @@ def _decode(self:DatasetSet, path):
     what = f"{item.dtype} {tuple(item.shape)}" if hasattr(item, "dtype") else type(item).__name__
     raise UserError(f"{self.name}[{path}] is {what}, not an image of Pillow's, an array H x W x 3 or a tensor 3 x H x W of uint8")
 
+
+# %% ../nbs/01_data.ipynb #0950f267
 @patch
 def read(self:DatasetSet,
     i:int, # which image
@@ -410,6 +412,8 @@ def read(self:DatasetSet,
     image, index = FolderSet.read(self, i, lambda path: self._decode(path.name))
     return (tuple(image.shape[1:]) if load is image_size else image), index
 
+
+# %% ../nbs/01_data.ipynb #8213ec82
 @patch
 def fingerprint(
     self:DatasetSet

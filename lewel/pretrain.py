@@ -345,6 +345,8 @@ def callbacks_of(
     "The callbacks that may change what is learned, which a record names (their classes, not their settings)."
     return [type(cb).__name__ for cb in cbs if type(cb).__module__ not in ONLY_LOOK]
 
+
+# %% ../nbs/17_pretrain.ipynb #81cf9fbd
 class Checkpoints(Callback):
     "Saves the state of the run, and stops when a signal was noted."
     order = 60
@@ -536,6 +538,8 @@ def check_positions(
         raise UserError(f"size={size} gives a feature map of a single position: there is nothing to align; "
                         "use a larger size or another backbone")
 
+
+# %% ../nbs/17_pretrain.ipynb #c9263d59
 def open_pair(
     data, # as for `pretrain`
     size:int, # pixels, of generated images
@@ -550,6 +554,8 @@ def open_pair(
     known = str(data) in ("scenes", "imagenette")
     return train, open_data(data, "val", size, strict, train.classes) if known or has_split(data, "val") else None
 
+
+# %% ../nbs/17_pretrain.ipynb #dc35bca8
 def finished(
     out:Path, # folder of the run
     recipe:Recipe, # asked for
@@ -620,6 +626,8 @@ def prepare_method(
     check_positions(method, recipe.size)
     return method
 
+
+# %% ../nbs/17_pretrain.ipynb #2ae58c0b
 def name_own(
     recipe:Recipe, # asked for
     own:nn.Module=None, # a backbone or a whole method
@@ -628,6 +636,8 @@ def name_own(
     if not isinstance(own, Method): return recipe if own is None else recipe.changed(backbone=own_name(own))
     return recipe.changed(method=own_name(own), options={}, backbone=own_name(own.backbone))
 
+
+# %% ../nbs/17_pretrain.ipynb #713caf59
 def make_loader(
     images:ImageSet, # to train on
     recipe:Recipe, # batch size, views, seed
