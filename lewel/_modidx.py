@@ -17,6 +17,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lewel.alignment.aggregate': ('alignment.html#aggregate', 'lewel/alignment.py'),
                                  'lewel.alignment.aligned_hidden': ('alignment.html#aligned_hidden', 'lewel/alignment.py'),
                                  'lewel.alignment.alignment_maps': ('alignment.html#alignment_maps', 'lewel/alignment.py'),
+                                 'lewel.alignment.fixed_noise': ('alignment.html#fixed_noise', 'lewel/alignment.py'),
                                  'lewel.alignment.order_costs': ('alignment.html#order_costs', 'lewel/alignment.py'),
                                  'lewel.alignment.project_first': ('alignment.html#project_first', 'lewel/alignment.py'),
                                  'lewel.alignment.to_tokens': ('alignment.html#to_tokens', 'lewel/alignment.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aggregations', 'Head', 'to_tokens', 'alignment_maps', 'aggregate', 'order_costs', 'project_first', 'aligned_hidden',
-           'Embeddings', 'PooledHead', 'CoupledHead']
+           'Embeddings', 'PooledHead', 'CoupledHead', 'fixed_noise']
 
 # %% ../nbs/05_alignment.ipynb #16268c90
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import UserError, check_choice
 from .backbones import init_weights
+from .views import to_device
 
 # %% ../nbs/05_alignment.ipynb #8cb54a57
 class Head(nn.Module):
@@ -135,7 +136,7 @@ class PooledHead(nn.Module):
         return Embeddings(self.g(features.mean((2, 3))))
 
 # %% ../nbs/05_alignment.ipynb #9fd2ad4e
-aggregations = "learned", "uniform", "random"
+aggregations = "learned", "uniform", "random", "fixed"
 
 class CoupledHead(nn.Module):
     "LEWEL's head: g on the pooled vector and on every pixel, maps from the pixels, p on what the maps gather (method.md section 2)."
@@ -147,7 +148,7 @@ class CoupledHead(nn.Module):
         groups:int=4, # h; divides C and d
         scale:float=1.0, # temperature s of the maps
         coupled:bool=True, # one g for the global embedding and the maps; False: the maps have a head of their own
-        aggregation:str="learned", # "learned", "uniform" or "random" maps
+        aggregation:str="learned", # "learned", "uniform", "random" or "fixed" maps
         normalize:bool=True, # l2-normalize the per-pixel projections
     ):
         super().__init__()
@@ -171,6 +172,16 @@ def project(self:CoupledHead,
     both = self.g(torch.cat([pooled, tokens], 1))
     return both[:, 0], both[:, 1:]
 
+# %% ../nbs/05_alignment.ipynb #5dfa9811
+def fixed_noise(
+    positions:int, # N
+    dim:int, # d
+    like:torch.Tensor, # says device and dtype
+)->torch.Tensor: # N x d, normally distributed, the same at every call
+    "What stands for the projections in an ablation with maps that do not depend on the image."
+    drawn = torch.randn(positions, dim, generator=torch.Generator().manual_seed(0), device="cpu")
+    return to_device(drawn.numpy(), like, like.dtype)
+
 # %% ../nbs/05_alignment.ipynb #c2137566
 @patch
 def maps(self:CoupledHead,
@@ -178,7 +189,9 @@ def maps(self:CoupledHead,
 )->torch.Tensor: # B x N x d, each map sums to 1
     "The alignment maps, learned or whatever `aggregation` puts in their place."
     if self.aggregation == "uniform": return torch.full_like(v, 1/v.shape[1])
-    return alignment_maps(torch.randn_like(v) if self.aggregation == "random" else v, self.scale, self.normalize)
+    if self.aggregation == "random": v = torch.randn_like(v)
+    if self.aggregation == "fixed": v = fixed_noise(*v.shape[1:], v).expand_as(v)
+    return alignment_maps(v, self.scale, self.normalize)
 
 # %% ../nbs/05_alignment.ipynb #2a345206
 @patch

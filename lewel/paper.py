@@ -194,7 +194,8 @@ def ablation_runs(
             recipe(method).changed(options=recipe(method).options | change) for label, change in values}
 
 # %% ../nbs/12_paper.ipynb #ba4ba18c
-_maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform")}
+_maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform"),
+         "fixed": dict(scale=0.15, aggregation="fixed")}
 _rates = {"lr-x0.5": 0.5, "lr-x2": 2, "lr-x4": 4}
 _few, _last, _rated, _third, segmented = range(10, 16), range(24, 32), range(31, 39), range(40, 56), range(56, 68)
 conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "again": new ones; "segmented": judged by segmentation, too
@@ -212,6 +213,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "map-6x6-sharp, again": dict(lewel_m=range(16, 32)),
     "map-6x6-sharp, a third time": dict(lewel_m=_third),
     "map-6x6-random": dict(lewel_m=_last),
+    "map-6x6-fixed": dict(lewel_m=_third),
     "map-6x6-uniform": dict(lewel_m=_last),
     "map-6x6-uniform, again": dict(lewel_m=_third),
     "default, segmented": dict(lewel_m=segmented, lewel_b=segmented),
