@@ -440,6 +440,7 @@ def coco_rows(
         else: rows[image].append((box, classes[category][0], crowd, shape))
     return rows, dropped
 
+# %% ../nbs/23_boxes.ipynb #80d3d2f8
 def open_coco(
     root:Path, # folder in COCO's layout
     split:str="train", # "train", "val" or "test", which is "val"

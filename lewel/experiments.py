@@ -6,16 +6,16 @@
 __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'MARKS', 'PAGE_ORDER', 'STYLE',
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
            'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason',
-           'passing_signals', 'run_job', 'forget_failures', 'only_one', 'published_copy', 'published_results',
-           'put_aside', 'job_records', 'named_after', 'finished_jobs', 'recorded_minutes', 'adopt', 'markdown_html',
-           'picture_texts', 'plain_text', 'notebook_page', 'table_html', 'conclusion', 'placed_records', 'write_page',
-           'dead_links', 'notebook_text', 'pixels', 'notebook_shows', 'notebook_sources', 'difference', 'verify_readme',
-           'verify', 'wrong_ids', 'altered_pages']
+           'passing_signals', 'visible_gpus', 'own_gpu', 'run_job', 'forget_failures', 'only_one', 'published_copy',
+           'published_results', 'put_aside', 'job_records', 'named_after', 'finished_jobs', 'recorded_minutes', 'adopt',
+           'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html', 'conclusion',
+           'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
+           'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids', 'altered_pages']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
-import base64, configparser, fcntl, html, io, json, os, re, shutil, signal, sys, tempfile, threading, time
+import base64, configparser, fcntl, html, io, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -229,6 +229,35 @@ def passing_signals():
         for kernel in kernels: kernel.send_signal(signal.SIGTERM)
     with handling(pass_on, signal.SIGINT, signal.SIGTERM): yield came
 
+# %% ../nbs/32_experiments.ipynb #b7061509
+def visible_gpus()->list: # their numbers or names, as CUDA_VISIBLE_DEVICES has them
+    "The GPUs that this process may use, without a look at torch, which takes seconds to import."
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return [g for g in named.split(",") if g.strip()]
+    if not shutil.which("nvidia-smi"): return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+    return [str(i) for i in range(sum(line.startswith("GPU") for line in listed))]
+
+def _try_lock(file):
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    return True
+
+@contextmanager
+def own_gpu(
+    device:str="auto", # that a job was told to use; "cpu", or one GPU such as "cuda:1", leaves nothing to choose
+):
+    "Within it processes that are started see one GPU, which no other job of this user's has."
+    gpus, earlier = visible_gpus() if device in ("auto", "cuda") else [], os.environ.get("CUDA_VISIBLE_DEVICES")
+    if len(gpus) < 2: yield; return
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(f"{tempfile.gettempdir()}/lewel-{os.getuid()}-gpu-{g}", "a")) for g in gpus]
+        while (mine := next((g for g, file in zip(gpus, files) if _try_lock(file)), None)) is None: time.sleep(1)
+        os.environ["CUDA_VISIBLE_DEVICES"] = mine
+        try: yield
+        finally:
+            if earlier is None: del os.environ["CUDA_VISIBLE_DEVICES"]
+            else: os.environ["CUDA_VISIBLE_DEVICES"] = earlier
+
 # %% ../nbs/32_experiments.ipynb #2abfc32c
 def run_job(
     notebook, # path
@@ -242,10 +271,10 @@ def run_job(
     for name in "out", "seed":
         if name not in parameters: raise UserError(f"a job needs the parameter {name}: add {name}=...")
     out, lost = Path(parameters["out"]), read_failures(needs) if needs else []
-    reason = f"its pretraining failed: {lost[0]['reason']}" if lost else None
+    reason, came = f"its pretraining failed: {lost[0]['reason']}" if lost else None, []
     if reason is None:
         try:
-            with passing_signals() as came: run_notebook(notebook, copy, **parameters)
+            with own_gpu(parameters.get("device", "auto")), passing_signals() as came: run_notebook(notebook, copy, **parameters)
         except UserError: raise
         except (Exception, KeyboardInterrupt) as e:
             name, text = named_error(e)

@@ -205,6 +205,7 @@ def voc_root(
     root = dict(VOCdevkit=root.parent, VOC2012=root.parent.parent).get(root.name, root)
     return root if (root/"VOCdevkit/VOC2012/SegmentationClass").is_dir() else None
 
+# %% ../nbs/21_masks.ipynb #8cd22324
 def sbd_masks(
     root:Path, # of `voc_root`
 )->dict: # name of an image -> its mask; empty if SBD is not there
@@ -217,6 +218,7 @@ def sbd_masks(
     except FileNotFoundError as e:
         raise UserError(f"{e.filename} is missing: unpack SBD again, or remove {found} to train without it") from None
 
+# %% ../nbs/21_masks.ipynb #0dc3b2fe
 def open_voc(
     root:Path, # of `voc_root`
     split:str="train", # "train" (with SBD where it is), "val" or "test", which is "val"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAKERS', 'ONLY_LOOK', 'create_optimizer', 'Optimizer', 'Pretraining', 'DeviceSmoothLoss', 'Steps', 'Precision',
            'Curve', 'steps_between_rows', 'monitor_sets', 'Monitor', 'machine_of', 'callbacks_of', 'Checkpoints',
-           'words_for', 'Snapshots', 'WandbRun', 'Bars', 'check_positions', 'open_pair', 'finished', 'pretrain_record',
-           'prepare_method', 'name_own', 'make_loader', 'check_space', 'describe', 'train', 'compile_networks',
-           'open_shared', 'pretrain', 'StopAt']
+           'words_for', 'Snapshots', 'WandbRun', 'Bars', 'check_positions', 'check_range', 'open_pair', 'finished',
+           'pretrain_record', 'prepare_method', 'name_own', 'make_loader', 'check_space', 'describe', 'train',
+           'compile_networks', 'open_shared', 'pretrain', 'StopAt']
 
 # %% ../nbs/17_pretrain.ipynb #51c69077
 import copy, math, secrets, shutil, signal, sys, time
@@ -539,6 +539,18 @@ def check_positions(
                         "use a larger size or another backbone")
 
 
+# %% ../nbs/17_pretrain.ipynb #56a996c8
+def check_range(
+    method:Method, # to be trained
+    recipe:Recipe, # its precision and size
+):
+    "Raises `UserError` where the target's features come near the end of float16: the first loss would be NaN, and every step skipped."
+    if recipe.precision != "float16" or method.target_norm != "eman": return
+    noise = torch.randn(1, 3, recipe.size, recipe.size, generator=torch.Generator().manual_seed(0))
+    with frozen(method.target): largest = method.target.backbone(noise).abs().max().item()
+    if not largest < 1e4:
+        raise UserError(f"the target's features reach {largest:.0e} at the start, and float16 ends at 65,504: use precision bfloat16")
+
 # %% ../nbs/17_pretrain.ipynb #c9263d59
 def open_pair(
     data, # as for `pretrain`
@@ -784,6 +796,7 @@ def pretrain(
         own_weights = from_first_rank(lambda: None if own is None else weights_fingerprint(own))
         method = prepare_method(recipe, own)
         builds_on = [start_from(method, start)] if start is not None else []
+        check_range(method, recipe)
         images, val, fingerprint = open_shared(data, recipe.size, strict, progress != "none")
         done = finished(out, recipe, fingerprint, builds_on, accumulate, callbacks, own_weights)
         if (record := from_first_rank(lambda: done)) is not None:

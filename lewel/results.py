@@ -370,7 +370,7 @@ def conclude(
 
 def count_clear(
     gains:pd.DataFrame, # from `gain_table`
-    which:str="these", # ends "Of", before the number: "the" with what is meant by `kind`
+    which:str="these", # the word before the number in "Of these 12 intervals"
     kind:str="intervals", # what they are
 )->list: # a sentence; none where there is no interval
     "How many intervals leave zero out, beside how many would by chance."

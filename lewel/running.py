@@ -95,7 +95,11 @@ def pick_device(
     device:str="auto", # "auto", "cpu", "cuda", "cuda:1", ...
 )->torch.device:
     "The device to work on. Raises `UserError` if it is not there."
-    if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "auto":
+        if torch.cuda.is_available(): return torch.device("cuda")
+        if torch.cuda.device_count(): warn(f"there is a GPU, but torch {torch.__version__} cannot use it, so the CPU works: "
+                                           "update the driver, or install torch for the driver's CUDA")
+        return torch.device("cpu")
     try:
         if (found := torch.device(device)).type != "cuda" and str(found) != "cpu": raise ValueError("it is neither cpu nor cuda")
         torch.zeros(1, device=found)

@@ -131,7 +131,7 @@ def overlay(
 ):
     "Lay a map over its image: color from its own minimum to its own maximum, and in print below how far these are from uniform (1.00)."
     low, high = weights.min().item(), weights.max().item()
-    ax.imshow(luminance(denormalize(view)[None])[0, 0], cmap="gray", vmin=0, vmax=1)
+    ax.imshow(luminance(denormalize(view)[None])[0, 0], cmap="gray", vmin=-1, vmax=2)      # a third of its contrast
     enlarged = F.interpolate(weights[None, None], size=view.shape[1:], mode="bilinear", align_corners=False)[0, 0]
     ax.imshow(enlarged, cmap="rocket", vmin=low, vmax=high, alpha=.6)
     ax.set_xlabel(f"{low*weights.numel():.2f}–{high*weights.numel():.2f}", fontsize=5.5, labelpad=1.5)
@@ -234,7 +234,7 @@ def map_agreement(
     maps1:torch.Tensor, # B x n x H x W, of one view of each image
     maps2:torch.Tensor, # of another view, the same maps
 )->pd.DataFrame: # a row per map: mean correlation over positions, same_image and different_images
-    "Whether maps find the same in two views of an image."
+    "Correlation of maps over the positions of two views."
     if len(maps1) < 2: raise UserError("maps of one image: agreement is judged against those of another, so give at least two")
     one, two = (m.flatten(2).transpose(0, 1) for m in (maps1, maps2))           # n x B x positions
     def correlation(a, b):
@@ -301,7 +301,7 @@ def plot_curves(
                 method = method_of(label)
                 ax.plot(run["epoch"], run[column], zorder=2 + (method in PAIRS), **dots, **_line_of(method, seed_of(label), colors))
             ax.set(title=QUANTITIES.get(column, column), xlabel="epoch",
-                   ylabel=", ".join(family["method"].unique()) if column == columns[0] else "")
+                   ylabel=", ".join(family["method"].unique()) if len(families) > 1 and column == columns[0] else "")
             ax.set_xlim(left=0, right=family["epoch"].max()); ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if column == "map_entropy": ax.set_ylim(bottom=0)
     seeds = sorted({s for label in curves if (s := seed_of(label)) is not None})

@@ -1,5 +1,6 @@
 """On a GPU: the images and losses of the CPU, steps that nobody waits in, all precisions,
 runs that move between the two, and every command. Skipped where there is none, or it is pretended (`pretend_gpu`)."""
+import subprocess, sys
 from functools import partial
 import pytest, torch
 from conftest import draw
@@ -175,3 +176,15 @@ def test_bench(tmp_path):
     record = bench("resnet18", 32, 4, 1, str(DEVICE), tmp_path, dim=16, hidden_dim=32, workers=2)
     assert record["device"] == "cuda" and record["ratios"]["lewel_b: bare backbone / step"] > 0
     assert len(list(tmp_path.glob("*.md"))) == 1
+
+# --- several GPUs
+
+@real
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("target_norm", ["params", "eman"])      # synchronized BatchNorm or shuffled keys; averaged statistics
+@pytest.mark.parametrize("method", TRAINED)
+def test_nccl(method, target_norm, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lewel.pretrain"]
+    subprocess.run([*command, "--scale", "smoke", "--data", "scenes", "--method", method, "--option", f"target_norm={target_norm}",
+                    "--device", "cuda", "--precision", "float16", "--out", tmp_path/"run"], check=True, timeout=600)
+    assert read_record(tmp_path/"run")["processes"] == 2

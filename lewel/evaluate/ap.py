@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'precision_recall', 'encode_masks', 'ignored', 'coco_entries', 'check_pairs', 'average_precision',
-           'match_best', 'voc07_class', 'voc07_average_precision', 'voc07_ap50']
+           'match_best', 'voc07_class', 'voc07_average_precision']
 
 # %% ../../nbs/24_evaluate_ap.ipynb #e20d9529
 import numpy as np, torch
@@ -136,22 +136,13 @@ def voc07_average_precision(
     predictions:list, # one dict per image, see `average_precision`
     targets:list, # one dict per image, see `BoxSet.target`
     num_classes:int, # labels are below
-    thresholds=tuple(range(50, 100, 5)), # of IoU, percent; with 50 and 75
 )->dict: # "ap", "ap50", "ap75": percent
     "VOC 2007's 11-point average precision, as detectron2 reports it; raises `UserError`."
     check_pairs(predictions, targets, num_classes)
     labels, overlaps, which, classes, skip = match_best(predictions, targets)
-    skipped, points = np.append(skip, False)[which], {t: [] for t in thresholds}
-    for c in np.unique(classes[~skip]):
-        mine, objects = labels == c, (classes[~skip] == c).sum()
-        for t in thresholds: points[t].append(voc07_class(overlaps[mine], which[mine], skipped[mine], objects, t/100))
-    means = {t: 100*np.mean(p).item() for t, p in points.items()}
+    skipped, counted = np.append(skip, False)[which], classes[~skip]
+    def of_class(c, threshold):
+        mine = labels == c
+        return voc07_class(overlaps[mine], which[mine], skipped[mine], (counted == c).sum(), threshold)
+    means = {t: 100*np.mean([of_class(c, t/100) for c in np.unique(counted)]).item() for t in range(50, 100, 5)}
     return dict(ap=np.mean(list(means.values())).item(), ap50=means[50], ap75=means[75])
-
-def voc07_ap50(
-    predictions:list, # one dict per image, see `average_precision`
-    targets:list, # one dict per image, see `BoxSet.target`
-    num_classes:int, # labels are below
-)->float: # percent
-    "VOC 2007's 11-point average precision at IoU 0.5, difficult objects ignored; raises `UserError`."
-    return voc07_average_precision(predictions, targets, num_classes)["ap50"]

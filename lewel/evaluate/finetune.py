@@ -54,13 +54,13 @@ def _restore(state_file, identity, model, optimizer):
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     set_rng_state(state["rng"])
-    return state["step"], state.get("seconds", 0.)
+    return state["step"], state["seconds"]
 
 def spent(
     *state_files, # see `finetune`; one that is not there counts nothing
 )->float: # seconds
     "Time that trainings took up to their saved states."
-    return sum(read_weights(f).get("seconds", 0.) for f in state_files if Path(f).exists())
+    return sum(read_weights(f)["seconds"] for f in state_files if Path(f).exists())
 
 def _progress(title, step, first, steps, loss, batch_size, started):
     "A line: where we are and how long it will take."

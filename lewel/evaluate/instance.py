@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from ..boxes import BoxSet
 from ..core import UserError
 from .ap import average_precision, encode_masks
-from .detection import (DetectionProtocol, RoIPool, check_detection, detector, predict, predict_all,
+from .detection import (DETECTION, DetectionProtocol, RoIPool, check_detection, detector, predict, predict_all,
                                       show_detections, train_detector)
 from ..visualize import save_figure
 
@@ -33,9 +33,7 @@ little = dict(kind="fpn", candidates=(100, 60), proposals=(64, 32), samples=32, 
               spread=0.05, mask_width=32, mask_convs=1)
 INSTANCE = dict(
     paper=InstanceProtocol(**coco, **pyramid),
-    imagenette=InstanceProtocol(kind="fpn", steps=400, batch_size=4, sizes=(160, 176, 192), longest=320, anchor=16,
-                                candidates=(500, 300), proposals=(300, 150), samples=64, rois=64, width=64, hidden=256,
-                                spread=0.05, precise=30, mask_width=64, mask_convs=2),
+    imagenette=InstanceProtocol(**vars(DETECTION["imagenette"]), mask_width=64, mask_convs=2),
     demo=InstanceProtocol(**little, steps=100, batch_size=16, lr=0.05, warmup=20, sizes=(64,), longest=64, anchor=8, precise=20),
     smoke=InstanceProtocol(**little, steps=3, batch_size=2, warmup=2, sizes=(64,), longest=64, anchor=8, precise=1))
 INSTANCE_2X = {scale: replace(p, steps=2*p.steps) for scale, p in INSTANCE.items()}

@@ -222,7 +222,7 @@ def evaluate_knn(
     train:ImageSet, # the memory, labelled
     test:ImageSet, # the queries, labelled
     size:int, # side of what the backbone is shown, pixels
-    protocol:KNN=KNN(), # of "knn_top1"
+    protocol:KNN=KNN(), # k and temperature of "knn_top1"; "knn20_top1" has 20 and the same temperature
     device=None, # to work on; by default where the backbone is
     batch_size:int=256, # images at a time
     workers:int=4, # threads that decode files

@@ -167,6 +167,7 @@ def protocol_settings(
                         "give them with --option milestones=..., for one protocol at a time where they differ")
     return settings
 
+# %% ../../nbs/27_evaluate_run.ipynb #b94f94f9
 def options_of(
     names:list, # of `protocols`
     preset:str, # "smoke", "demo", "imagenette" or "paper"
@@ -322,6 +323,7 @@ def check_places(
         raise UserError(f"{out} is the folder of a run: give the evaluation one of its own, such as {out/'evaluation'}")
     return start, out
 
+# %% ../../nbs/27_evaluate_run.ipynb #0c0eb54b
 def check_finite(
     backbone, # a module
     start, # where it comes from, for the message
@@ -331,6 +333,7 @@ def check_finite(
         raise UserError(f"the weights of {start} are not all finite numbers, as after a training that diverged: "
                         "train again with a lower learning rate, or take an earlier checkpoint")
 
+# %% ../../nbs/27_evaluate_run.ipynb #9b51c977
 def set_aside(
     out:Path, # folder of a record, or of one to come
     identity:str, # of the one to come
@@ -414,7 +417,7 @@ def evaluate(
     names=("knn", "linear"), # which `protocols`
     preset:str=None, # their settings: "smoke", "demo", "imagenette" or "paper"; by default see `usual_preset`
     backbone=None, # for a weight file or "random": which architecture, resnet50 by default
-    size:int=None, # pixels, for knn, linear and semi; by default the run's, or 224
+    size:int=None, # pixels: of what knn, linear and semi show, and of generated images of all protocols; by default the run's, or 224
     seed:int=0, # for a weight file or "random"; a run brings its own
     device:str="auto", # "auto", "cpu" or "cuda"
     strict:bool=False, # stop at an unreadable image

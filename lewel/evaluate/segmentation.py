@@ -29,12 +29,12 @@ from ..visualize import finish, new_figure, save_figure, styled
 @dataclass(frozen=True)
 class SegmentationProtocol:
     "How a network is fine-tuned for segmentation; the default is the paper's (method.md section 7)."
-    steps:int=30_000
-    batch_size:int=16
+    steps:int=30_000 # of the optimizer
+    batch_size:int=16 # crops in a step
     lr:float=0.003 # of all layers; x0.1 after the milestones
     milestones:tuple=(0.7, 0.9) # fractions of the steps
-    momentum:float=0.9
-    weight_decay:float=1e-4
+    momentum:float=0.9 # of SGD
+    weight_decay:float=1e-4 # of all parameters
     output_stride:int=16 # pixels from one position of the feature map to the next
     width:int=256 # channels of the head
     dilation:int=6 # of the head's 3 x 3 convolutions
@@ -126,6 +126,7 @@ def draw_crops(
     low, high = protocol.scale
     return list(zip(low + scale*(high - low), top, left, mirror < protocol.flip))
 
+# %% ../../nbs/22_evaluate_segmentation.ipynb #1b4de797
 MEAN_COLOR = 124, 116, 104
 
 def cut_crop(

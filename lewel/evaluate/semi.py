@@ -18,12 +18,12 @@ from ..backbones import frozen, num_features
 from ..core import UserError, atomic_write, check_choice
 from ..data import ImageSet, label_fraction
 from .finetune import StepSchedule, finetune, spent
-from .knn import center_batches, check_labels, topk_accuracy
-from .linear import batches_from
+from .knn import center_batches, check_labels, collected, topk_accuracy
+from .linear import batch_of, crop_loader
 from ..interop import load_backbone, weights_fingerprint
 from ..running import forget_peak_memory, held_output, peak_memory_mb
 from ..results import code_state, environment, read_record, run_id, write_record
-from ..views import ViewLoader, ViewRecipe, normalize
+from ..views import normalize, to_device
 
 # %% ../../nbs/20_evaluate_semi.ipynb #2e2424ca
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class SemiProtocol:
     "How a network is fine-tuned on a part of the labels; the default is the authors' (method.md section 7)."
     parts:tuple=(Part(0.01, 1e-4, 1.), Part(0.1, 0.01, 0.1))
     milestones:tuple=(0.6, 0.8) # after these fractions of the epochs the rates are multiplied by gamma
-    gamma:float=0.1
+    gamma:float=0.1 # by which they fall
     batch_size:int=256 # at most: a smaller set is one batch
-    momentum:float=0.9
-    weight_decay:float=1e-4
+    momentum:float=0.9 # of SGD
+    weight_decay:float=1e-4 # of SGD
     area:tuple=(0.08, 1.) # of the random crops, as a fraction of the image
     flip:float=0.5 # probability of mirroring an image
 
@@ -156,14 +156,11 @@ def batch_loss(
     epochs:int=1, # how many there will be: between them the workers go on
 ): # (step -> loss, for steps one after another from any first one; steps in an epoch)
     "Cross-entropy on the random crops of a step."
-    recipe = ViewRecipe(size, area=protocol.area, flip=protocol.flip, jitter=0., gray=0.)
-    loader = ViewLoader(images, (recipe,), min(protocol.batch_size, len(images)), seed, device, workers, epochs=epochs)
-    labels, batches = images.labels.to(device), None
+    loader = crop_loader(images, protocol, size, seed, device, workers, epochs)
+    labels, batch = images.labels.to(device), batch_of(loader)
     def loss_of(step):
-        nonlocal batches
-        batches = batches or batches_from(loader, step)
-        views, indices = next(batches)
-        return F.cross_entropy(model(views), labels[indices.to(device)])
+        views, indices = batch(step)
+        return F.cross_entropy(model(views), labels[to_device(indices.numpy(), labels)])
     return loss_of, len(loader)
 
 # %% ../../nbs/20_evaluate_semi.ipynb #42ab6e6b
@@ -200,11 +197,10 @@ def classify(
     workers:int=4, # threads that decode files
 )->dict: # "top1", "top5": percent
     "Accuracy on central crops (see `center_view`)."
-    scores, indices = [], []
     with frozen(model):
-        for views, part in center_batches(images, size, batch_size, workers):
-            scores.append(model(normalize(views.to(device).float().div_(255))).float().cpu()); indices.append(part)
-    return topk_accuracy(torch.cat(scores), images.labels.cpu()[torch.cat(indices)])
+        scores, indices = collected(((model(normalize(views.to(device).float().div_(255))).float(), part)
+                                     for views, part in center_batches(images, size, batch_size, workers)), len(images))
+    return topk_accuracy(scores, images.labels.cpu()[indices])
 
 # %% ../../nbs/20_evaluate_semi.ipynb #c67264e0
 def evaluate_semi(
