@@ -564,6 +564,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lewel.experiments.run_job': ('experiments.html#run_job', 'lewel/experiments.py'),
                                    'lewel.experiments.run_notebook': ('experiments.html#run_notebook', 'lewel/experiments.py'),
                                    'lewel.experiments.table_html': ('experiments.html#table_html', 'lewel/experiments.py'),
+                                   'lewel.experiments.training_seeds': ('experiments.html#training_seeds', 'lewel/experiments.py'),
                                    'lewel.experiments.verify': ('experiments.html#verify', 'lewel/experiments.py'),
                                    'lewel.experiments.verify_readme': ('experiments.html#verify_readme', 'lewel/experiments.py'),
                                    'lewel.experiments.visible_gpus': ('experiments.html#visible_gpus', 'lewel/experiments.py'),

@@ -613,7 +613,7 @@ def report(
 )->str: # Markdown
     "The record as text."
     batch = record["shapes"]["batch_size"]
-    memory = record.get("memory_mb", {})               # not in older records
+    memory = record["memory_mb"]
     parts = [f"## {TITLES[part]}\n\n{part_table(part, times, batch, memory.get(part, {}))}" for part, times in record["seconds"].items()]
     all_ratios = "## Ratios\n\n" + table(("", "ratio"), record["ratios"].items())
     return "\n\n".join(["# Speed", _about(record), _bars(record), all_ratios, *parts]) + "\n"

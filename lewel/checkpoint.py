@@ -110,8 +110,8 @@ def check_same_run(
     check_same_recipe(path, old["recipe"], recipe)
     weights = lambda names: ", ".join(names) or "fresh weights"
     same = lambda names: [name.split()[-1] for name in names]      # the fingerprint counts, whatever the file is called
-    changes = [("start", "started from", weights, same, old.get("builds_on", builds_on), builds_on),
-               ("accumulate", "trained with accumulate", str, int, old.get("accumulate", accumulate), accumulate)]
+    changes = [("start", "started from", weights, same, old["builds_on"], builds_on),
+               ("accumulate", "trained with accumulate", str, int, old["accumulate"], accumulate)]
     for option, what, words, key, before, now in changes:
         if key(before) != key(now):
             raise UserError(f"{path} was {what} {words(before)}, not {words(now)}; use the same {option} to resume, "

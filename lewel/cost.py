@@ -37,7 +37,7 @@ from .evaluate.linear import fit_linear, streamed
 from .evaluate.run import protocols
 from .evaluate.segmentation import FCN, fit_segmentation
 from .evaluate.semi import SUPERVISED, fit_part
-from .experiments import Settings, evaluation_groups
+from .experiments import Settings, evaluation_groups, training_seeds
 from .masks import MaskSet
 from .methods import check_options, create_method, method_defaults
 from .paper import (PAIRS, Recipe, ablation_factors, ablation_runs, condition_recipe, condition_runs, get_recipe, recipes,
@@ -516,8 +516,8 @@ DATA = dict( # scale -> section of settings.ini -> (name, GB on disk, about)
 def _missing(scale, section, where):
     "What is missing of a data set; empty if it is here."
     if where is None: return f"set {scale} in [{section}] of settings.ini"
-    if where == "imagenette": return "" if imagenette_place().is_dir() else "the first run downloads it"
-    return "" if where == "scenes" or Path(where).expanduser().is_dir() else f"no folder {where}"
+    if section == "data" and where == "imagenette": return "" if imagenette_place().is_dir() else "the first run downloads it"
+    return "" if where == "scenes" or where and Path(where).expanduser().is_dir() else f"no folder {where or '(nothing is named)'}"
 
 def data_plan(
     settings:Settings, # whose scale
@@ -678,7 +678,7 @@ def plan(
     disk_gb (checkpoints that are kept), passing_gb (while it runs), data, missing (empty if its data is here)."""
     s, needs = settings, data_plan(settings)
     most = max(s.seeds, s.dense_seeds, s.ablation_seeds)
-    kinds = (run_plan, s.seeds), (evaluation_plan, most), (ablation_plan, most)
+    kinds = (run_plan, training_seeds(placed(s))), (evaluation_plan, most), (ablation_plan, most)
     rows = [row for kind, seeds in kinds for seed in range(seeds) for row in kind(s, seed)] + list(condition_plan(s))
     def gb(mb): return mb*2**20/1e9
     return [dict(name=r["name"], command=r["command"], first=r.get("first", []), gpu_hours=gpu_hours(r["work"], sustained),

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'MARKS', 'PAGE_ORDER', 'STYLE',
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
-           'evaluation_groups', 'check_value', 'check_parameters', 'run_notebook', 'named_error', 'failure_reason',
-           'passing_signals', 'visible_gpus', 'own_gpu', 'run_job', 'forget_failures', 'only_one', 'published_copy',
-           'published_results', 'put_aside', 'job_records', 'named_after', 'finished_jobs', 'recorded_minutes', 'adopt',
-           'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html', 'conclusion',
-           'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
+           'evaluation_groups', 'training_seeds', 'check_value', 'check_parameters', 'run_notebook', 'named_error',
+           'failure_reason', 'passing_signals', 'visible_gpus', 'own_gpu', 'run_job', 'forget_failures', 'only_one',
+           'published_copy', 'published_results', 'put_aside', 'job_records', 'named_after', 'finished_jobs',
+           'recorded_minutes', 'adopt', 'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html',
+           'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
            'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids', 'altered_pages']
 
 # %% ../nbs/32_experiments.ipynb #a8395319
@@ -126,6 +126,12 @@ def evaluation_groups(
         if where := getattr(settings, task).get(scale): dense.setdefault(where, []).extend(forms)
     groups = {"": (settings.data[scale], ["knn", "linear", "semi"], settings.seeds)}
     return groups | {"-" + "-".join(tasks): (where, tasks, settings.dense_seeds) for where, tasks in dense.items()}
+
+def training_seeds(
+    settings:Settings, # whose scale
+)->int:
+    "How many seeds are trained: as many as any evaluation takes."
+    return max(seeds for *_, seeds in evaluation_groups(settings).values())
 
 # %% ../nbs/32_experiments.ipynb #e5e81434
 CHOICES = dict(scale=SCALES, method=METHODS, protocols=PROTOCOLS)   # parameter -> words it may hold
@@ -357,9 +363,10 @@ def job_records(
     s, scale, methods = settings, settings.scale, list(recipes[settings.scale])
     def judged(names): return dict(protocols={n: recorded(protocols[n].presets[scale]) for n in names})
     def both(place, recipe): return {place: asdict(recipe), f"{place}/evaluation": judged(["knn", "linear"])}
-    for name, method, seed in ((f"{m}-s{i}", m, i) for m in methods for i in range(s.seeds)):
+    seeds = range(training_seeds(s))
+    for name, method, seed in ((f"{m}-s{i}", m, i) for m in methods for i in seeds):
         yield f"{name}.trained", None, s.data[scale], {f"runs/{name}": asdict(get_recipe(method, scale, seed=seed))}
-    for seed in range(s.seeds): yield f"supervised-s{seed}.trained", None, s.data[scale], {f"runs/supervised-s{seed}": {}}
+    for seed in seeds: yield f"supervised-s{seed}.trained", None, s.data[scale], {f"runs/supervised-s{seed}": {}}
     for end, (data, names, seeds) in evaluation_groups(s).items():
         for name in (f"{m}-s{i}" for m in ("random", *methods, "supervised") for i in range(seeds)):
             trained = None if name.startswith("random") else f"{name}.trained"

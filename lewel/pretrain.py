@@ -428,8 +428,7 @@ def read(self:Checkpoints,
     check_same_run(self.out/"last.pt", state, learn.recipe, self.builds_on, learn.accumulate)
     if state["data"] != self.fingerprint:
         raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
-    state = dict(callbacks=[], earlier_callbacks=[], own_weights=None) | state          # a day's versions did not have these
-    if {*MAKERS, *MAKERS.values(), "pending", "peak_memory_mb"} - state.keys():
+    if {*MAKERS, *MAKERS.values(), "pending", "peak_memory_mb", "own_weights"} - state.keys():
         raise UserError(f"{self.out/'last.pt'} was written by an earlier lewel, whose runs this one cannot go on with: use another "
                         "output folder")
     return state

@@ -1,6 +1,5 @@
 "The commands, end to end: what they write, and what they refuse."
 import json, shutil
-from dataclasses import fields
 from functools import partial
 from importlib.metadata import entry_points
 import pytest, torch
@@ -8,8 +7,6 @@ from conftest import draw
 from torchvision.models import resnet18
 from lewel import cli, data
 from lewel.checkpoint import load_checkpoint, load_run
-from lewel.core import UserError
-from lewel.paper import Recipe
 from lewel.pretrain import Pretraining, open_pair
 from lewel.results import read_curve, read_record
 
@@ -30,13 +27,6 @@ def test_command_is_installed_and_has_help(command, capsys):
     assert script.load() is getattr(cli, f"{command}_command")
     with pytest.raises(SystemExit) as stop: script.load()(["--help"])
     assert stop.value.code == 0 and "(default: " in capsys.readouterr().out
-
-def test_pretrain_help_names_every_setting_of_a_recipe(capsys):
-    "Method options through --option, all others by their own name, each with its line of documentation."
-    with pytest.raises(SystemExit): cli.pretrain_command(["--help"])
-    text = capsys.readouterr().out
-    for f in fields(Recipe): assert f"--{f.name.replace('_', '-').replace('options', 'option')} " in text, f.name
-    assert "peak learning rate" in text
 
 # --- mistakes of the user
 
@@ -138,41 +128,6 @@ def test_export_refuses(finished, tmp_path, run):
     refused(run("export", finished, "--out", file, "--format", "torchvison"), "export", "torchvison", "torchvision")
     refused(run("export", tmp_path/"none", "--out", file), "export", tmp_path/"none")
     assert not file.exists()
-
-def test_export_refuses_an_impossible_place(finished, tmp_path, run, monkeypatch):
-    "A folder, a file as a folder, a name that is too long: one line that names the place, before the run is read, and nothing made."
-    (tmp_path/"file").write_text("text")
-    monkeypatch.setattr(torch, "load", lambda *a, **kw: pytest.fail("the run was read"))
-    for place in tmp_path, tmp_path/"file"/"x.safetensors", tmp_path/"file"/"deeper"/"x.safetensors", tmp_path/("x"*300):
-        refused(run("export", finished, "--format", "safetensors", "--out", place), "export",
-                f"no file can be written at {place} (", "name a file in a folder")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path/"file").read_text() == "text"
-
-@pytest.fixture
-def notebook(tmp_path):
-    "A notebook with one cell of parameters."
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("papermill")
-    v4 = nbformat.v4
-    cell = v4.new_code_cell("seeds:int = 2\nscale:str = 'demo'", metadata=dict(tags=["parameters"]))
-    spec = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python"))
-    nbformat.write(v4.new_notebook(cells=[cell, v4.new_code_cell("print('seeds', seeds)")], metadata=spec), tmp_path/"tiny.ipynb")
-    return tmp_path/"tiny.ipynb"
-
-def test_notebook_refuses_unknown_parameter(notebook, tmp_path):
-    "Before a kernel is started; the nearest name is offered, also for a value of the wrong type."
-    from lewel.experiments import run_notebook
-    with pytest.raises(UserError, match="'seed'.*did you mean 'seeds'"): run_notebook(notebook, tmp_path/"out.ipynb", seed=3)
-    with pytest.raises(UserError, match="seeds of tiny.ipynb is 'three'"): run_notebook(notebook, tmp_path/"out.ipynb", seeds="three")
-    with pytest.raises(UserError, match="no notebook"): run_notebook(tmp_path/"none.ipynb", tmp_path/"out.ipynb")
-    assert not (tmp_path/"out.ipynb").exists()
-
-def test_notebook_runs_with_known_parameter(notebook, tmp_path):
-    "The value reaches the cells."
-    pytest.importorskip("ipykernel")
-    from lewel.experiments import run_notebook
-    run_notebook(notebook, tmp_path/"new/out.ipynb", seeds=3)
-    assert "seeds 3" in (tmp_path/"new/out.ipynb").read_text()
 
 # --- what the commands do
 

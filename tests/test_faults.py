@@ -192,13 +192,6 @@ def test_resume_refuses_another_start(half, finished, flat, tmp_path, train, cal
     refused(train(flat, out), "pretrain", f"started from {named[0]}, not fresh weights")
     refused(train(flat, out, *start, "--accumulate", 2), "pretrain", "accumulate 1, not 2")
 
-def test_checkpoint_of_an_earlier_version_goes_on(half, whole, flat, train):
-    "One that says neither where it started nor in how many parts."
-    state = load_checkpoint(half/"last.pt")
-    torch.save({k: v for k, v in state.items() if k not in ("builds_on", "accumulate")}, half/"last.pt")
-    assert len(state) == len(load_checkpoint(half/"last.pt")) + 2
-    assert train(flat, half).code == 0 and same(weights(half), whole)
-
 def garble(path): path.write_bytes(b"garbage")
 def truncate(path): path.write_bytes(path.read_bytes()[:-3000])
 def empty_file(path): path.write_bytes(b"")

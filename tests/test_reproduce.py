@@ -66,10 +66,9 @@ def test_run_says_how_it_is_used(argv, refused):
     "One line, not a traceback, where places are missing or too many."
     assert "usage: run.py NOTEBOOK EXECUTED-COPY" in refused("run.py", *argv, *(["seed=0"] if argv else []))
 
-def test_a_job_without_its_folder_is_refused(tmp_path):
-    code, _, err = call(sys.executable, "experiments/run.py", "experiments/pretrain.ipynb", tmp_path/"copy.ipynb",
-                        tmp_path/"mark", "seed=0")
-    assert code == 2 and "needs the parameter out" in err and len(err.splitlines()) == 1
+def test_a_job_without_its_folder_is_refused(tmp_path, refused):
+    argv = "experiments/pretrain.ipynb", tmp_path/"copy.ipynb", tmp_path/"mark", "seed=0"
+    assert "needs the parameter out" in refused("run.py", *argv)
     assert not (tmp_path/"mark").exists()
 
 def test_arguments_that_run_nothing():
@@ -95,10 +94,9 @@ def test_a_job_that_is_asked_to_stop_saves(number, tmp_path):
     assert state["epoch"] >= 1 and (state["epoch"], state["step"]) != (1, 0)
     assert not (tmp_path/"mark").exists() and not (out/"failed.json").exists() and not (out/"record.json").exists()
 
-def test_a_second_reproduction_is_refused():
+def test_a_second_reproduction_is_refused(refused):
     with only_one(root/"results"/"smoke"):
-        code, _, err = call(sys.executable, "experiments/reproduce.py", "--cores", 1, LEWEL_SCALE="smoke")
-    assert code == 2 and err.startswith("error: another reproduction is at work") and len(err.splitlines()) == 1
+        assert refused("reproduce.py", "--cores", 1, LEWEL_SCALE="smoke").startswith("error: another reproduction is at work")
 
 @pytest.mark.parametrize("setting, words", [(dict(LEWEL_SCALE="demmo"), "did you mean 'demo'?"),
                                             (dict(LEWEL_SEEDS="0"), "at least 1"),
