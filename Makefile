@@ -21,8 +21,9 @@ export LEWEL_KEEP           := $(or $(KEEP),$(LEWEL_KEEP))
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # notebooks that test signals, which only a main thread gets: nbdev-test runs cells in another thread, a kernel in its main one
 SIGNALS = 00|15|18|19|20|22|25|26|27
+comma  := ,
 # how many jobs with a GPU run at a time: as many as this machine has; where SNAKEMAKE names a profile or an executor, the cluster's machines count, not this one
-GPUS   ?= $(if $(filter --profile% --executor% -e,$(SNAKEMAKE)),,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU))
+GPUS   ?= $(if $(filter --profile% --executor% -e,$(SNAKEMAKE)),,$(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES))),$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)))
 
 .PHONY: reproduce test pretended verify bench readme clean
 

@@ -238,7 +238,7 @@ def passing_signals():
 # %% ../nbs/32_experiments.ipynb #b7061509
 def visible_gpus()->list: # their numbers or names, as CUDA_VISIBLE_DEVICES has them
     "The GPUs that this process may use, without a look at torch, which takes seconds to import."
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return [g for g in named.split(",") if g.strip()]
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return [g.strip() for g in named.split(",") if g.strip()]
     if not shutil.which("nvidia-smi"): return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
     return [str(i) for i in range(sum(line.startswith("GPU") for line in listed))]
@@ -252,7 +252,7 @@ def _try_lock(file):
 def own_gpu(
     device:str="auto", # that a job was told to use; "cpu", or one GPU such as "cuda:1", leaves nothing to choose
 ):
-    "Within it processes that are started see one GPU, which no other job of this user's has."
+    "Where there are several GPUs, processes that are started within it see one, which no other job of this user's has."
     gpus, earlier = visible_gpus() if device in ("auto", "cuda") else [], os.environ.get("CUDA_VISIBLE_DEVICES")
     if len(gpus) < 2: yield; return
     with ExitStack() as stack:

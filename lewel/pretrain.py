@@ -425,12 +425,12 @@ def read(self:Checkpoints,
     except UserError as e:
         raise UserError(f"{e}. If it is damaged, copy best.pt over it, where there is one, to go on from the best epoch, "
                         "or remove it to begin again") from e
+    if {*MAKERS, *MAKERS.values(), "builds_on", "accumulate", "data", "pending", "peak_memory_mb", "own_weights"} - state.keys():
+        raise UserError(f"{self.out/'last.pt'} was written by an earlier lewel, whose runs this one cannot go on with: use another "
+                        "output folder")
     check_same_run(self.out/"last.pt", state, learn.recipe, self.builds_on, learn.accumulate)
     if state["data"] != self.fingerprint:
         raise UserError(f"{self.out/'last.pt'} was trained on other images; use the same ones to resume, or another output folder")
-    if {*MAKERS, *MAKERS.values(), "pending", "peak_memory_mb", "own_weights"} - state.keys():
-        raise UserError(f"{self.out/'last.pt'} was written by an earlier lewel, whose runs this one cannot go on with: use another "
-                        "output folder")
     return state
 
 # %% ../nbs/17_pretrain.ipynb #49948a6e
@@ -795,12 +795,12 @@ def pretrain(
         own_weights = from_first_rank(lambda: None if own is None else weights_fingerprint(own))
         method = prepare_method(recipe, own)
         builds_on = [start_from(method, start)] if start is not None else []
-        check_range(method, recipe)
         images, val, fingerprint = open_shared(data, recipe.size, strict, progress != "none")
         done = finished(out, recipe, fingerprint, builds_on, accumulate, callbacks, own_weights)
         if (record := from_first_rank(lambda: done)) is not None:
             if progress != "none": print(f"{record['id']} is finished: {out}/record.json", flush=True)
             return record
+        if not (out/"last.pt").exists(): check_range(method, recipe)
         method = method.distribute(device).to(device, memory_format=torch.channels_last)
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
