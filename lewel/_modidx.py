@@ -766,6 +766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lewel.pretrain.pretrain_record': ('pretrain.html#pretrain_record', 'lewel/pretrain.py'),
                                 'lewel.pretrain.steps_between_rows': ('pretrain.html#steps_between_rows', 'lewel/pretrain.py'),
                                 'lewel.pretrain.train': ('pretrain.html#train', 'lewel/pretrain.py'),
+                                'lewel.pretrain.watchers': ('pretrain.html#watchers', 'lewel/pretrain.py'),
                                 'lewel.pretrain.words_for': ('pretrain.html#words_for', 'lewel/pretrain.py')},
             'lewel.report': { 'lewel.report.TaskReport': ('report.html#taskreport', 'lewel/report.py'),
                               'lewel.report.TaskReport.__init__': ('report.html#taskreport.__init__', 'lewel/report.py'),

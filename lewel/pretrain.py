@@ -7,7 +7,7 @@ __all__ = ['MAKERS', 'ONLY_LOOK', 'create_optimizer', 'Optimizer', 'Pretraining'
            'Curve', 'steps_between_rows', 'monitor_sets', 'Monitor', 'machine_of', 'callbacks_of', 'Checkpoints',
            'words_for', 'Snapshots', 'WandbRun', 'Bars', 'check_positions', 'check_range', 'open_pair', 'finished',
            'pretrain_record', 'prepare_method', 'name_own', 'make_loader', 'check_space', 'describe', 'train',
-           'compile_networks', 'open_shared', 'pretrain', 'StopAt']
+           'compile_networks', 'open_shared', 'watchers', 'pretrain', 'StopAt']
 
 # %% ../nbs/17_pretrain.ipynb #51c69077
 import copy, math, secrets, shutil, signal, sys, time
@@ -757,6 +757,20 @@ def _check_kinds(recipe, cbs, backbone=None, method=None):
         if isinstance(cb, TrackerCallback) and cb.monitor == "valid_loss":
             raise UserError(f"{type(cb).__name__} watches valid_loss, and there is none here: give it monitor='train_loss'")
 
+# %% ../nbs/17_pretrain.ipynb #a6686158
+def watchers(
+    out:Path, # folder of the run
+    recipe:Recipe, # of the run
+    sets, # see `monitor_sets`; None: no monitor
+    monitor_every:int, # epochs between kNN monitors
+    snapshots:int, # how many; 0: none
+    progress:str, # "bars", "lines" or "none"
+)->list: # callbacks
+    "The callbacks that look at a training and change nothing."
+    found = [Bars()] if progress == "bars" else []
+    if snapshots and world()[0] == 0: found.append(Snapshots(out, recipe.epochs, snapshots))
+    return found + ([Monitor(sets, monitor_every)] if sets else [])
+
 # %% ../nbs/17_pretrain.ipynb #42d4b755
 def pretrain(
     recipe:Recipe, # what to train and how, see `lewel.paper`
@@ -790,8 +804,7 @@ def pretrain(
     if device.type == "cpu": keep_freed_memory()
     forget_peak_memory(device)
     with process_group(device):
-        first = world()[0] == 0
-        if not first: progress = "none"
+        if world()[0]: progress = "none"
         own_weights = from_first_rank(lambda: None if own is None else weights_fingerprint(own))
         method = prepare_method(recipe, own)
         builds_on = [start_from(method, start)] if start is not None else []
@@ -804,17 +817,14 @@ def pretrain(
         method = method.distribute(device).to(device, memory_format=torch.channels_last)
         if compile: compile_networks(method, device)
         loader = make_loader(images, recipe, device, workers, accumulate)
-        sets = monitor_sets(images, val) if monitor_every else None
+        watching = watchers(out, recipe, monitor_sets(images, val) if monitor_every else None, monitor_every, snapshots, progress)
         precision, curve = (Precision(recipe.precision, device),
                             Curve(log_every or steps_between_rows(recipe.epochs*len(loader)), progress == "lines"))
-        if sets: cbs = [Monitor(sets, monitor_every), *cbs]
-        if snapshots and first: cbs = [Snapshots(out, recipe.epochs, snapshots), *cbs]
-        if progress == "bars": cbs = [Bars(), *cbs]
         with held_output(out), noting_signals() as signals:
             checkpoints = Checkpoints(out, fingerprint, builds_on, signals, precision, save_every,
                                       callbacks=callbacks, own_weights=own_weights)
             learn = Pretraining(loader, method, create_optimizer(method, recipe), recipe, device,
-                                [Steps(), precision, curve, checkpoints, *cbs], accumulate)
+                                [Steps(), precision, curve, checkpoints, *watching, *cbs], accumulate)
             check_space(out, method)
             train(learn, progress)
             record = pretrain_record(learn, images, fingerprint, device, scale, builds_on, compile)
