@@ -197,7 +197,7 @@ def ablation_runs(
 _maps = {"sharp": dict(scale=0.15), "random": dict(scale=0.15, aggregation="random"), "uniform": dict(aggregation="uniform"),
          "fixed": dict(scale=0.15, aggregation="fixed")}
 _rates = {"lr-x0.5": 0.5, "lr-x2": 2, "lr-x4": 4}
-_few, _last, _rated, _third, segmented = range(10, 16), range(24, 32), range(31, 39), range(40, 56), range(56, 68)
+_few, _last, _rated, _third, segmented, _long = range(10, 16), range(24, 32), range(31, 39), range(40, 56), range(56, 68), range(68, 76)
 conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "again": new ones; "segmented": judged by segmentation, too
     "default": dict(lewel_m=range(10, 31), lewel_b=_few),
     "default-uniform": dict(lewel_m=range(10, 31)),
@@ -207,6 +207,7 @@ conditions = { # condition -> LEWEL method, or a baseline by itself -> seeds; "a
     "lr-x2": dict(lewel_m=_rated, lewel_b=range(12, 20)),
     "bfloat16": dict(lewel_m=range(10, 26), lewel_b=_few),
     "epochs-x3": dict(lewel_m=_few, lewel_b=_few),
+    "epochs-x3, again": dict(lewel_b=_long),
     "crops-from-0.2": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6": dict(lewel_m=_few, lewel_b=_few),
     "map-6x6-sharp": dict(lewel_m=_few, lewel_b=_few),
