@@ -56,7 +56,7 @@ def main():
                   f"(to have them back: rm -r {results} && mv {published} {results})")
         if without := [task for task in ("segmentation", "detection", "instance") if settings.scale not in getattr(settings, task)]:
             print(f"left out: {', '.join(without)}; settings.ini names no data for them at scale {settings.scale}", file=sys.stderr)
-        for f in forget_failures(results): print(f"trying again: {f['folder']} ({f['reason']})")
+        for f in forget_failures(results, settings): print(f"trying again: {f['folder']} ({f['reason']})")
         code = snakemake(lock, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
                          "--quiet", "rules", "progress", "host", *arguments)
         if code > 128:

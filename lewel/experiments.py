@@ -6,8 +6,8 @@
 __all__ = ['SECTIONS', 'NAMES', 'NAMED', 'CHOICES', 'METHODS_OF', 'LEAST', 'QUIET', 'MARKS', 'PAGE_ORDER', 'STYLE',
            'check_device', 'whole_number', 'Settings', 'read_sections', 'read_settings', 'check_data',
            'evaluation_groups', 'training_seeds', 'check_value', 'check_parameters', 'run_notebook', 'named_error',
-           'failure_reason', 'passing_signals', 'visible_gpus', 'own_gpu', 'run_job', 'forget_failures', 'only_one',
-           'published_copy', 'published_results', 'put_aside', 'job_records', 'named_after', 'finished_jobs',
+           'failure_reason', 'passing_signals', 'visible_gpus', 'own_gpu', 'run_job', 'only_one', 'published_copy',
+           'published_results', 'put_aside', 'job_records', 'forget_failures', 'named_after', 'finished_jobs',
            'recorded_minutes', 'adopt', 'markdown_html', 'picture_texts', 'plain_text', 'notebook_page', 'table_html',
            'conclusion', 'placed_records', 'write_page', 'dead_links', 'notebook_text', 'pixels', 'notebook_shows',
            'notebook_sources', 'difference', 'verify_readme', 'verify', 'wrong_ids', 'altered_pages']
@@ -294,20 +294,6 @@ def run_job(
     else: (out/"failed.json").unlink(missing_ok=True)
     atomic_write(mark, reason or "done")
 
-# %% ../nbs/32_experiments.ipynb #c1e64b61
-MARKS = { # end of a job's mark -> folder of what it leaves
-    ".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"}
-
-def forget_failures(
-    results, # folder of a scale
-)->list: # the failures that will be tried again
-    "Take away the marks of jobs that failed, or whose record is gone."
-    results, failures, marks = Path(results), read_failures(results), Path(results)/"marks"
-    for mark in [m for m in marks.rglob("*.*") if m.suffix in MARKS]:
-        out = results/MARKS[mark.suffix]/mark.relative_to(marks).with_suffix("")
-        if (out/"failed.json").exists() or mark.suffix != ".ablated" and not (out/"record.json").exists(): mark.unlink()
-    return failures
-
 # %% ../nbs/32_experiments.ipynb #dea75aeb
 @contextmanager
 def only_one(
@@ -353,6 +339,9 @@ def put_aside(
     return True
 
 # %% ../nbs/32_experiments.ipynb #96b11234
+MARKS = { # end of a job's mark -> folder of what it leaves
+    ".trained": "runs", ".evaluated": "evaluations", ".ablated": "ablations", ".conditioned": "conditions"}
+
 def job_records(
     settings:Settings, # scale, seeds and where the data is
 ): # yields (mark, mark of the training that it needs or None, data, dict: folder of a record -> part of its recipe)
@@ -380,6 +369,19 @@ def job_records(
         name, recipe = f"{condition}/{method}-s{seed}", condition_recipe(condition, method, seed)
         records = {f"conditions/{name}/segmentation": judged(["segmentation"])} if seed in segmented else {}
         yield f"{name}.conditioned", None, "scenes", both(f"conditions/{name}", recipe) | records
+
+# %% ../nbs/32_experiments.ipynb #c1e64b61
+def forget_failures(
+    results, # folder of a scale
+    settings:Settings, # what is asked for
+)->list: # the failures that will be tried again
+    "Take away the marks of jobs that failed, or of which a record is gone."
+    results, failures = Path(results), read_failures(results)
+    for mark, _, _, records in job_records(settings):
+        out = results/MARKS[Path(mark).suffix]/Path(mark).with_suffix("")
+        if (out/"failed.json").exists() or not all((results/place/"record.json").exists() for place in records):
+            (results/"marks"/mark).unlink(missing_ok=True)
+    return failures
 
 # %% ../nbs/32_experiments.ipynb #2ee9083a
 def named_after(
